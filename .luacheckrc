@@ -1,0 +1,20 @@
+-- What a script may use: Lua 5.1 without what Redis shuts out, and without `cjson`, `cmsgpack`, `struct` and
+-- `bit`, because no script decodes a value and fakeredis has not all of them.
+std = "lua51"
+read_globals = { "redis", "KEYS", "ARGV" }
+not_globals = {
+    "collectgarbage", "debug", "dofile", "getfenv", "io", "loadfile", "module", "newproxy", "os", "package",
+    "print", "require", "setfenv",
+}
+max_line_length = 120
+
+-- Includes are pasted into scripts: a local of an include is unused in its own file and known in all others.
+files["lua/include/*.lua"] = { ignore = { "211" } }
+for name in require("lfs").dir("lua/include") do
+    if name:match("%.lua$") then
+        for line in io.lines("lua/include/" .. name) do
+            local defined = line:match("^local function ([%w_]+)") or line:match("^local ([%w_]+) =")
+            read_globals[#read_globals + 1] = defined
+        end
+    end
+end

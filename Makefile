@@ -1,0 +1,45 @@
+# On a machine that has only Python 3.11+ and make: `make demo` shows it at work, `make test` checks all of it.
+
+PYTHON ?= python3
+BIN    := .venv/bin
+READY  := .venv/.ready
+
+.PHONY: help demo test lint format cov bench clean
+.DEFAULT_GOAL := help
+
+help:    ## this list
+	@sed -n 's/^\([a-z]*\): .*## /  make \1\t/p' Makefile | expand -t 16
+
+demo: $(READY)    ## the main job: worker processes share flows, one is killed, all is verified
+	@$(BIN)/redisflow demo
+
+test: lint    ## lint, then every test
+	@$(BIN)/python -m pytest
+
+lint: $(READY)    ## style, types, layers, scripts
+	@$(BIN)/ruff check --quiet
+	@$(BIN)/ruff format --check --quiet
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports --no-logo
+	@if command -v luacheck >/dev/null; then luacheck --quiet lua; \
+	else echo "luacheck: not on the PATH, the Lua scripts go unchecked (Debian: apt-get install lua-check)"; fi
+
+format: $(READY)    ## rewrite the Python files to the style
+	@$(BIN)/ruff check --quiet --fix-only
+	@$(BIN)/ruff format
+
+cov: $(READY)    ## every test, measured: branch coverage of redisflow, at least 95 %
+	@$(BIN)/python -m pytest --cov --cov-report=term --cov-fail-under=95
+
+bench: $(READY)    ## the speed ratios
+	@$(BIN)/python -m benchmarks
+
+clean:    ## remove all that make made
+	rm -rf .venv dist .coverage .coverage.* .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+$(READY): pyproject.toml
+	@echo "installing into .venv ..."
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@

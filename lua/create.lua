@@ -1,0 +1,52 @@
+-- Creates a flow and appends the events that say so.
+--
+-- KEYS  1 flow  2 events  3 owner set  4 status set
+-- ARGV  1 op              id of this operation: becomes the flow's etag, stands in the events
+--       2 span_ms         '' on the first attempt, else milliseconds since it
+--       3 deep            '1' if the caller brought the op
+--       4 flow_id
+--       5 owner           the owner whose flow of this id is answered if it exists, '' to refuse
+--       6 n_events; then kind and payload pairs, field and value pairs
+-- REPLY OK revision created_at | FLOW fields (created before) | EXISTS | UNKNOWN
+local flow_key, events_key, owner_key, status_key = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
+local op, span_ms, deep, flow_id, owner = unpack(ARGV, 1, 5)
+local n_events = tonumber(ARGV[6])
+local fields_from = 7 + 2 * n_events
+
+--- include: look_back.lua
+
+if redis.call('HLEN', flow_key) > 0 then
+  local etag, found_owner = unpack(redis.call('HMGET', flow_key, 'etag', 'owner_session_key'), 1, 2)
+  local verdict = etag == op and 'FOUND'
+  if not verdict and (span_ms ~= '' or deep ~= '') then
+    verdict = look_back(events_key, op, span_ms, deep ~= '')
+  end
+  if verdict == 'FOUND' or (owner ~= '' and owner == found_owner) then
+    return {'FLOW', redis.call('HGETALL', flow_key)}
+  end
+  return {verdict == 'UNKNOWN' and 'UNKNOWN' or 'EXISTS'}
+end
+-- A key of the wrong type must fail here: a script that fails midway keeps what it wrote before.
+redis.call('XLEN', events_key)
+redis.call('ZCARD', owner_key)
+redis.call('ZCARD', status_key)
+
+local now = redis.call('TIME')
+local created_at = now[1] .. string.format('%06d', now[2])
+local revision = n_events - 1
+-- unpack() of some 8,000 values overflows Lua's stack.
+while #ARGV - fields_from > 4000 do
+  redis.call('HSET', flow_key, unpack(ARGV, fields_from, fields_from + 3999))
+  fields_from = fields_from + 4000
+end
+redis.call(
+  'HSET', flow_key, 'revision', revision, 'etag', op, 'created_at', created_at, 'updated_at', created_at,
+  unpack(ARGV, fields_from)
+)
+redis.call('ZADD', owner_key, created_at, flow_id)
+redis.call('ZADD', status_key, created_at, flow_id)
+for event = 0, revision do
+  local kind, payload = unpack(ARGV, 7 + 2 * event, 8 + 2 * event)
+  redis.call('XADD', events_key, '*', 'rev', event, 'kind', kind, 'op', op, 'payload', payload)
+end
+return {'OK', revision, created_at}

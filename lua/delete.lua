@@ -1,0 +1,53 @@
+-- Deletes a flow with every key and index entry of its.
+--
+-- KEYS  1 flow  2 events  3 steps  4 owner set  5 due  6 waiters
+--       7-12 status sets: created running waiting finished failed cancelled
+-- ARGV  1 op              id of this operation; it leaves no trace once the flow is gone
+--       2 span_ms         '' on the first attempt, else milliseconds since it
+--       3 flow_id
+--       4 owner           whose set KEYS 4 is
+--       5 revision, 6 etag the flow must have; '' for any
+--       7 terminal        '' to delete any flow, else only one in these statuses, each between spaces,
+--       8 before          and last changed before this, in microseconds
+-- REPLY OK | ABSENT | STALE revision | KEPT | MOVED (another owner's by now)
+local flow_key, events_key, steps_key, owner_key, due_key, waiters_key = unpack(KEYS, 1, 6)
+local span_ms, flow_id, owner, expected_revision, expected_etag, terminal, before = unpack(ARGV, 2, 8)
+local status_keys = {unpack(KEYS, 7, 12)}
+
+local stored =
+  redis.call('HMGET', flow_key, 'owner_session_key', 'revision', 'etag', 'status', 'updated_at', 'waiter')
+local found_owner, revision, etag, status, updated_at, waiter = unpack(stored, 1, 6)
+if not found_owner then
+  -- The caller saw it before its first attempt: gone by a resend, that attempt deleted it.
+  return {span_ms == '' and 'ABSENT' or 'OK'}
+end
+if found_owner ~= owner then
+  return {'MOVED'}
+end
+if expected_revision ~= '' and revision ~= expected_revision or expected_etag ~= '' and etag ~= expected_etag then
+  return {'STALE', revision}
+end
+if terminal ~= '' then
+  local ended = status and string.find(terminal, ' ' .. status .. ' ', 1, true)
+  if not ended or (tonumber(updated_at) or before) >= tonumber(before) then
+    return {'KEPT'}
+  end
+end
+-- A key of the wrong type must fail here: a script that fails midway keeps what it wrote before.
+redis.call('ZCARD', owner_key)
+redis.call('ZCARD', due_key)
+redis.call('ZCARD', waiters_key)
+for _, status_key in ipairs(status_keys) do
+  redis.call('ZCARD', status_key)
+end
+
+redis.call('UNLINK', flow_key, events_key, steps_key)
+redis.call('ZREM', owner_key, flow_id)
+redis.call('ZREM', due_key, flow_id)
+if waiter then
+  redis.call('ZREM', waiters_key, waiter .. flow_id)
+end
+for _, status_key in ipairs(status_keys) do
+  redis.call('ZREM', status_key, flow_id)
+end
+return {'OK'}

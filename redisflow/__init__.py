@@ -1,0 +1,51 @@
+"""Durable state of long-running work, shared by a fleet of agents on Redis or Valkey."""
+
+from redisflow.aio import AsyncFlowManager
+from redisflow.engine import AsyncWaitEngine, TickReport, WaitEngine
+from redisflow.errors import (
+    AlreadyTerminal,
+    CancelPending,
+    FlowError,
+    FlowExists,
+    FlowNotFound,
+    IllegalTransition,
+    InvalidData,
+    LayoutMismatch,
+    NotDurable,
+    OutcomeUnknown,
+    RevisionMismatch,
+    StorageError,
+)
+from redisflow.flow import Flow, FlowEvent, FlowStatus, FlowStep, FlowStepStatus, StepObservation, StepRuntime
+from redisflow.manager import FlowManager
+from redisflow.waits import ExternalEvent, Manual, Timer
+
+__all__ = [
+    "AlreadyTerminal",
+    "AsyncFlowManager",
+    "AsyncWaitEngine",
+    "CancelPending",
+    "ExternalEvent",
+    "Flow",
+    "FlowError",
+    "FlowEvent",
+    "FlowExists",
+    "FlowManager",
+    "FlowNotFound",
+    "FlowStatus",
+    "FlowStep",
+    "FlowStepStatus",
+    "IllegalTransition",
+    "InvalidData",
+    "LayoutMismatch",
+    "Manual",
+    "NotDurable",
+    "OutcomeUnknown",
+    "RevisionMismatch",
+    "StepObservation",
+    "StepRuntime",
+    "StorageError",
+    "TickReport",
+    "Timer",
+    "WaitEngine",
+]

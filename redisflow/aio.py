@@ -1,0 +1,355 @@
+"""The asyncio manager.
+
+Every method is one line: it hands an operation of `redisflow.ops` to be carried out. Each rule stands there, or
+in a script, once. `redisflow.manager.FlowManager` has the same names and arguments, and says what each raises.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from datetime import datetime, timedelta
+from typing import Any, Self
+from uuid import UUID
+
+import redis.asyncio
+
+from redisflow.aio_wire import AsyncWire
+from redisflow.calls import Block, Lost, Op, Packet
+from redisflow.connection import Endpoint, endpoint_of, url_of
+from redisflow.delivery import deliver
+from redisflow.errors import InvalidData, StorageError
+from redisflow.flow import Flow, FlowEvent, FlowStatus, FlowStep, StepObservation, StepRuntime
+from redisflow.manager import AnyWait, FlowRef, Pages, T
+from redisflow.ops import changes, follow, reads, records, upkeep
+from redisflow.settings import Settings
+
+
+class AsyncFlowManager:
+    """Flows in one namespace of one server, for asyncio.
+
+    Belongs to the event loop it is first used in; safe to share between its tasks. Nothing is sent before the
+    first use, or `async with`. A cancelled call may have been applied: calling again with the same `op_id`, chosen
+    by the caller beforehand, settles it. Otherwise as `FlowManager`.
+    """
+
+    def __init__(self, client: redis.asyncio.Redis, prefix: str = "redisflow", **options: Any) -> None:  # noqa: ANN401
+        """Use the server of a `redis.asyncio.Redis`, as `FlowManager` does that of a `redis.Redis`."""
+        if not isinstance(client, redis.asyncio.Redis):
+            kind = f"{type(client).__module__}.{type(client).__name__}"
+            raise InvalidData(f"AsyncFlowManager takes a redis.asyncio.Redis, not {kind}")
+
+        async def endpoint() -> Endpoint:
+            return Endpoint.of_client(client)
+
+        self._set_up(endpoint, Settings(prefix=prefix, **options))
+
+    @classmethod
+    def from_url(cls, url: str | None = None, *, prefix: str = "redisflow", **options: Any) -> Self:  # noqa: ANN401
+        """Use the server at a URL, as `FlowManager.from_url` does."""
+        checked = url_of(url)
+
+        async def endpoint() -> Endpoint:
+            if checked.startswith("embedded:"):  # starting a server takes a while
+                return await asyncio.to_thread(endpoint_of, checked, is_async=True)
+            return endpoint_of(checked, is_async=True)
+
+        manager = cls.__new__(cls)
+        manager._set_up(endpoint, Settings(prefix=prefix, **options))
+        return manager
+
+    def _set_up(self, endpoint: Callable[[], Any], settings: Settings) -> None:
+        self._endpoint = endpoint
+        self._settings = settings
+        self._ns = settings.namespace()
+        self._wire: AsyncWire | None = None
+        self._connecting: asyncio.Lock | None = None
+
+    # --- carrying out operations ---
+
+    async def _run(self, op: Op) -> Any:  # noqa: ANN401 - what the operation returns
+        return await self._drive(self._wire or await self.connect(), op)
+
+    async def _drive(self, wire: AsyncWire, op: Op) -> Any:  # noqa: ANN401 - what the operation returns
+        steps = deliver(op, self._policy)
+        try:
+            step = next(steps)
+            while True:
+                try:
+                    if type(step) is Packet:
+                        reply = await wire.exchange(step)
+                    elif type(step) is Block:
+                        reply = await wire.block(step)
+                    else:
+                        reply = await wire.pause(step.seconds)
+                except Lost as lost:
+                    step = steps.throw(lost)
+                else:
+                    step = steps.send(reply)
+        except StopIteration as stop:
+            return stop.value
+
+    async def _pages(self, pages: Pages[T]) -> AsyncIterator[T]:
+        while (page := await self._run(pages.next_page())) is not None:
+            for item in page:
+                yield item
+
+    async def connect(self) -> AsyncWire:
+        """Connect and check the server and the namespace now; otherwise the first use does."""
+        if self._connecting is None:
+            self._connecting = asyncio.Lock()
+        try:
+            async with self._connecting:
+                if self._wire is None:
+                    endpoint = await self._endpoint()
+                    settings = self._settings
+                    wire = AsyncWire(
+                        endpoint, max_connections=settings.max_connections, acquire_timeout_s=settings.deadline_s
+                    )
+                    self._policy = settings.policy(real_server=endpoint.real_server)
+                    check = upkeep.connect(
+                        self._ns, real_server=endpoint.real_server, allow_eviction=settings.allow_eviction
+                    )
+                    try:
+                        await self._drive(wire, check)
+                    except BaseException:
+                        await wire.close()
+                        raise
+                    self._wire = wire
+                return self._wire
+        except RuntimeError as error:  # the lock belongs to another event loop
+            raise StorageError(str(error)) from error
+
+    async def aclose(self) -> None:
+        """Close the connections. The next use opens new ones, in whatever event loop it happens."""
+        wire, self._wire, self._connecting = self._wire, None, None
+        if wire is not None:
+            await wire.close()
+
+    async def __aenter__(self) -> Self:
+        await self.connect()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.aclose()
+
+    # --- creating ---
+
+    async def create_managed(
+        self,
+        *,
+        controller_id: str,
+        goal: str,
+        owner_session_key: str,
+        requester_origin: str,
+        current_step: str = "init",
+        state: Any = None,  # noqa: ANN401 - the caller's
+        flow_id: UUID | str | None = None,
+        exist_ok: bool = False,
+        op_id: str | None = None,
+    ) -> Flow:
+        """Create a flow: status created, revision 0."""
+        return await self._run(changes.create(self._ns, mirrored=False, controller_id=controller_id, goal=goal, owner_session_key=owner_session_key, requester_origin=requester_origin, current_step=current_step, state=state, flow_id=flow_id, exist_ok=exist_ok, op_id=op_id))
+
+    async def create_mirrored(
+        self,
+        *,
+        controller_id: str,
+        goal: str,
+        owner_session_key: str,
+        requester_origin: str,
+        current_step: str = "init",
+        state: Any = None,  # noqa: ANN401 - the caller's
+        flow_id: UUID | str | None = None,
+        exist_ok: bool = False,
+        op_id: str | None = None,
+    ) -> Flow:
+        """Create a flow for work that already runs elsewhere: status running, revision 1, two events."""
+        return await self._run(changes.create(self._ns, mirrored=True, controller_id=controller_id, goal=goal, owner_session_key=owner_session_key, requester_origin=requester_origin, current_step=current_step, state=state, flow_id=flow_id, exist_ok=exist_ok, op_id=op_id))
+
+    # --- reading ---
+
+    async def get(self, flow_id: FlowRef) -> Flow | None:
+        """Read one flow; `None` if there is none."""
+        return await self._run(reads.get(self._ns, flow_id))
+
+    async def get_many(self, flow_ids: Iterable[FlowRef]) -> list[Flow | None]:
+        """Read flows by id, in the order given; `None` for each there is not."""
+        return await self._run(reads.get_many(self._ns, flow_ids))
+
+    async def list_by_owner(self, owner: str, *, limit: int | None = None) -> list[Flow]:
+        """The flows of an owner, newest first. A damaged flow is left out and logged."""
+        return await self._run(reads.list_flows(reads.Listing(self._ns, owner=owner, limit=limit)))
+
+    async def list_by_status(
+        self, status: FlowStatus | str, *, limit: int | None = None, updated_before: datetime | None = None
+    ) -> list[Flow]:
+        """The flows in a status, the longest unchanged first. A damaged flow is left out and logged."""
+        return await self._run(reads.list_flows(reads.Listing(self._ns, status=status, limit=limit, updated_before=updated_before)))
+
+    def iter_by_owner(self, owner: str, *, page: int = 500) -> AsyncIterator[Flow]:
+        """Every flow of an owner, newest first, `page` at a time in memory."""
+        return self._pages(reads.Listing(self._ns, owner=owner, page=page))
+
+    def iter_by_status(
+        self, status: FlowStatus | str, *, page: int = 500, updated_before: datetime | None = None
+    ) -> AsyncIterator[Flow]:
+        """Every flow in a status, the longest unchanged first, `page` at a time in memory."""
+        return self._pages(reads.Listing(self._ns, status=status, page=page, updated_before=updated_before))
+
+    async def count_by_status(self) -> dict[FlowStatus, int]:
+        """How many flows are in each status."""
+        return await self._run(reads.count_by_status(self._ns))
+
+    # --- the lifecycle ---
+
+    async def start_running(self, flow: FlowRef, *, expected_revision: int | None = None, op_id: str | None = None) -> Flow:
+        """Created or waiting → running."""
+        return await self._run(changes.start_running(self._ns, flow, expected_revision=expected_revision, op_id=op_id))
+
+    async def set_waiting(
+        self, flow: FlowRef, wait: AnyWait, *, expected_revision: int | None = None, op_id: str | None = None
+    ) -> Flow:
+        """Running → waiting, for a Timer, an ExternalEvent, a Manual, or a mapping of another kind."""
+        return await self._run(changes.set_waiting(self._ns, flow, wait, expected_revision=expected_revision, op_id=op_id))
+
+    async def resume(
+        self,
+        flow: FlowRef,
+        state_patch: Any = None,  # noqa: ANN401 - the caller's
+        *,
+        expected_revision: int | None = None,
+        op_id: str | None = None,
+    ) -> Flow:
+        """Waiting → running, the wait cleared and the patch merged into the state."""
+        return await self._run(changes.resume(self._ns, flow, state_patch, expected_revision=expected_revision, op_id=op_id))
+
+    async def finish(
+        self,
+        flow: FlowRef,
+        final_state: Any = None,  # noqa: ANN401 - the caller's
+        *,
+        expected_revision: int | None = None,
+        op_id: str | None = None,
+    ) -> Flow:
+        """Running → finished, the patch merged into the state."""
+        return await self._run(changes.finish(self._ns, flow, final_state, expected_revision=expected_revision, op_id=op_id))
+
+    async def fail(
+        self, flow: FlowRef, reason: str, *, expected_revision: int | None = None, op_id: str | None = None
+    ) -> Flow:
+        """Running or waiting → failed, with `state["failure"] = {"reason", "at"}`, `at` as RFC 3339 text.
+
+        Raises:
+            FlowNotFound, RevisionMismatch, AlreadyTerminal, CancelPending, IllegalTransition: in this order.
+        """
+        return await self._run(changes.fail(self._ns, flow, reason, expected_revision=expected_revision, op_id=op_id))
+
+    async def request_cancel(self, flow: FlowRef, *, expected_revision: int | None = None, op_id: str | None = None) -> Flow:
+        """Set the sticky cancel flag: from now on only `cancel` goes through."""
+        return await self._run(changes.request_cancel(self._ns, flow, expected_revision=expected_revision, op_id=op_id))
+
+    async def cancel(self, flow: FlowRef, *, expected_revision: int | None = None, op_id: str | None = None) -> Flow:
+        """Created, running or waiting → cancelled, whether or not it was requested."""
+        return await self._run(changes.cancel(self._ns, flow, expected_revision=expected_revision, op_id=op_id))
+
+    async def update_state(
+        self,
+        flow: FlowRef,
+        patch: Any = None,  # noqa: ANN401 - the caller's
+        *,
+        next_step: str | None = None,
+        increment: Mapping[str, int] | None = None,
+        unset: Iterable[str] = (),
+        expected_revision: int | None = None,
+        op_id: str | None = None,
+    ) -> Flow:
+        """Merge into the state and move the step, in any live status; the status stays."""
+        return await self._run(changes.update_state(self._ns, flow, patch, next_step=next_step, increment=increment, unset=unset, expected_revision=expected_revision, op_id=op_id))
+
+    async def update_and_append(
+        self,
+        flow: Flow,
+        kind: str,
+        payload: Any = None,  # noqa: ANN401 - the caller's
+        *,
+        expected_revision: int | None = None,
+        op_id: str | None = None,
+    ) -> tuple[Flow, FlowEvent]:
+        """Write step, state, status, wait and cancel flag of `flow`, if it is still the stored version."""
+        return await self._run(changes.update_and_append(self._ns, flow, kind, payload, expected_revision=expected_revision, op_id=op_id))
+
+    async def mutate(
+        self,
+        flow_id: FlowRef,
+        fn: Callable[[Flow], Flow],
+        *,
+        kind: str,
+        payload: Any = None,  # noqa: ANN401 - the caller's
+        retries: int = 8,
+        expected_revision: int | None = None,
+        op_id: str | None = None,
+    ) -> Flow:
+        """Read, apply `fn`, compare and write; again from the read, up to `retries` times, when another writer won."""
+        return await self._run(changes.mutate(self._ns, flow_id, fn, kind=kind, payload=payload, retries=retries, expected_revision=expected_revision, op_id=op_id))
+
+    # --- records ---
+
+    async def append_event(
+        self,
+        flow_id: FlowRef,
+        kind: str,
+        payload: Any = None,  # noqa: ANN401 - the caller's
+        *,
+        expected_revision: int | None = None,
+        op_id: str | None = None,
+    ) -> FlowEvent:
+        """Append an audit entry alone, whatever the status; the revision stays."""
+        return await self._run(records.append_event(self._ns, flow_id, kind, payload, expected_revision=expected_revision, op_id=op_id))
+
+    async def list_events(self, flow_id: FlowRef, limit: int | None = 100) -> list[FlowEvent]:
+        """The last `limit` events, newest first; none for a limit below 1, all for `None`."""
+        return await self._run(records.list_events(self._ns, flow_id, limit))
+
+    def iter_events(self, flow_id: FlowRef, *, after: str | None = None) -> AsyncIterator[FlowEvent]:
+        """Every event, oldest first; with `after`, those behind that event id."""
+        return self._pages(records.Trail(self._ns, flow_id, after))
+
+    async def record_step_observation(
+        self,
+        observation: StepObservation,
+        *,
+        runtime: StepRuntime | str = StepRuntime.MIRRORED,
+        expected_revision: int | None = None,
+        op_id: str | None = None,
+    ) -> FlowStep:
+        """Insert or update the step `(flow_id, run_id)`, whatever the flow's status; the revision stays."""
+        return await self._run(records.record_step_observation(self._ns, observation, runtime=runtime, expected_revision=expected_revision, op_id=op_id))
+
+    async def list_steps(self, flow_id: FlowRef) -> list[FlowStep]:
+        """Every step of a flow, oldest first."""
+        return await self._run(records.list_steps(self._ns, flow_id))
+
+    async def find_step_by_run_id(self, flow_id: FlowRef, run_id: str) -> FlowStep | None:
+        """One step of a flow; `None` if that run was never observed."""
+        return await self._run(records.find_step_by_run_id(self._ns, flow_id, run_id))
+
+    # --- following ---
+
+    def watch(self, flow_id: FlowRef, *, after: str | None = None, timeout: float | None = None) -> AsyncIterator[FlowEvent]:
+        """Yield events as they happen, on a connection of its own; ends at the one that ends the flow."""
+        return self._pages(follow.Watch(self._ns, flow_id, after, timeout))
+
+    async def wait_for(self, flow_id: FlowRef, *statuses: FlowStatus | str, timeout: float | None = None) -> Flow:
+        """Wait until the flow is in one of `statuses`; by default, until it has ended."""
+        return await self._run(follow.wait_for(self._ns, flow_id, statuses, timeout))
+
+    # --- upkeep ---
+
+    async def delete(self, flow_id: FlowRef, *, expected_revision: int | None = None, op_id: str | None = None) -> bool:
+        """Delete a flow, live or not, with every key of its. Returns whether there was one."""
+        return await self._run(upkeep.delete(self._ns, flow_id, expected_revision=expected_revision, op_id=op_id))
+
+    async def prune_terminal_flows(self, older_than: timedelta) -> int:
+        """Delete ended flows that have not changed for `older_than`, never a live one. Returns how many."""
+        return await self._run(upkeep.prune_terminal_flows(self._ns, older_than))

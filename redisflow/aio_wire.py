@@ -1,0 +1,126 @@
+"""Carries packets over redis-py connections, for the asyncio manager: one packet, one connection, in order."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections import deque
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from redis import exceptions as client_errors
+
+from redisflow.calls import Block, Lost, Packet, Reply
+from redisflow.errors import StorageError
+from redisflow.wire import no_reply, not_sent, refusal_of, refused_all, xread
+
+if TYPE_CHECKING:
+    from redisflow.connection import Endpoint
+
+
+class AsyncWire:
+    """Connections to one server, shared by the tasks of one event loop.
+
+    At most `max_connections` carry packets at a time: a further caller waits for one, at most the deadline.
+    Blocking reads have connections of their own.
+    """
+
+    def __init__(self, endpoint: Endpoint, *, max_connections: int, acquire_timeout_s: float) -> None:
+        """Bind to the running event loop."""
+        self._endpoint = endpoint
+        self._max_connections = max_connections
+        self._acquire_timeout_s = acquire_timeout_s
+        self._loop = asyncio.get_running_loop()
+        self._pid = os.getpid()
+        self._idle: deque[Any] = deque()
+        self._idle_blocking: deque[Any] = deque()
+        self._slots = asyncio.Semaphore(max_connections)
+
+    async def exchange(self, packet: Packet) -> list[Reply]:
+        """Send a packet and read a reply for each command.
+
+        Raises:
+            Lost: no reply came.
+            StorageError: called from another event loop or process than it was made in.
+        """
+        self._require_own_loop()
+        if self._slots.locked():
+            try:
+                async with asyncio.timeout(self._acquire_timeout_s):
+                    await self._slots.acquire()
+            except TimeoutError:
+                raise Lost(f"all {self._max_connections} connections stayed busy", sent=False) from None
+        else:
+            await self._slots.acquire()
+        try:
+            return await self._exchange_over(self._idle, packet.commands)
+        finally:
+            self._slots.release()
+
+    async def block(self, block: Block) -> Reply:
+        """Wait for entries of a stream.
+
+        Raises:
+            Lost: the connection failed.
+        """
+        self._require_own_loop()
+        command = xread(block, self._endpoint.socket_timeout_s)
+        (reply,) = await self._exchange_over(self._idle_blocking, [command])
+        return reply
+
+    async def pause(self, seconds: float) -> None:
+        """Sleep."""
+        await asyncio.sleep(seconds)
+
+    async def close(self) -> None:
+        """Close every idle connection, and leave an embedded server."""
+        await self._drop(self._idle)
+        await self._drop(self._idle_blocking)
+        if self._endpoint.lease is not None:
+            await asyncio.to_thread(self._endpoint.lease.close)
+
+    def _require_own_loop(self) -> None:
+        if asyncio.get_running_loop() is not self._loop or os.getpid() != self._pid:
+            raise StorageError(
+                "this AsyncFlowManager belongs to another event loop or process: make one manager per event loop"
+            )
+
+    @staticmethod
+    async def _drop(idle: deque[Any]) -> None:
+        while idle:
+            await idle.pop().disconnect(nowait=True)
+
+    async def _exchange_over(self, idle: deque[Any], commands: Sequence[Sequence[bytes]]) -> list[Reply]:
+        connection = idle.pop() if idle else self._endpoint.open()
+        try:
+            replies = await _roundtrip(connection, commands)
+        except BaseException as error:
+            # Cancelled or lost, it has an unread reply: the connection must not be used again.
+            await connection.disconnect(nowait=True)
+            if isinstance(error, Lost):
+                await self._drop(idle)  # what broke one connection has most likely broken the idle ones
+            raise
+        idle.append(connection)
+        return replies
+
+
+async def _roundtrip(connection: Any, commands: Sequence[Sequence[bytes]]) -> list[Reply]:  # noqa: ANN401 - redis-py's
+    try:
+        await connection.connect()  # does nothing when it is
+    except (client_errors.RedisError, OSError) as error:
+        if refused_all(error):
+            return [refusal_of(error)] * len(commands)
+        raise not_sent(error) from error
+    replies: list[Reply] = []
+    try:
+        await connection.send_packed_command(connection.pack_commands(commands))
+        for _ in commands:
+            try:
+                replies.append(await connection.read_response(disable_decoding=True))
+            except client_errors.ResponseError as error:
+                replies.append(refusal_of(error))
+    except (client_errors.RedisError, OSError) as error:
+        if refused_all(error) and not replies:
+            return [refusal_of(error)] * len(commands)
+        raise no_reply(error) from error
+    return replies

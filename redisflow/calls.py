@@ -1,0 +1,131 @@
+"""What an operation yields, and what carries it out gets: calls, reads, pauses.
+
+An operation is a generator. It yields a `Call`, a `Batch`, a `Read`, a `Block` or a `Pause` and is resumed with
+the reply, or with the error thrown in. It knows no client; `delivery` turns its calls into packets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import attrs
+
+if TYPE_CHECKING:
+    from redisflow.keys import Partition
+    from redisflow.scripts import Script
+
+Reply = Any
+
+
+@attrs.frozen(eq=False)
+class Call:
+    """One run of a script.
+
+    Attributes:
+        args: its ARGV; those of a changing operation begin with op, span_ms, deep.
+        op_id: the operation's id; empty where running it twice is the same as once.
+        subject: what it is about, for errors: "flow <id>".
+    """
+
+    script: Script
+    slot: int
+    keys: Sequence[bytes]
+    args: Sequence[bytes]
+    subject: str
+    op_id: str = ""
+
+    def args_after(self, span_ms: int) -> Sequence[bytes]:
+        """The ARGV of a resend whose first attempt was `span_ms` milliseconds ago."""
+        op, _, *rest = self.args
+        return (op, b"%d" % span_ms, *rest)
+
+
+@attrs.frozen(eq=False)
+class Batch:
+    """Independent calls, sent together. Resumed with one outcome each: a reply, or the error as a value."""
+
+    calls: Sequence[Call]
+
+
+class Command(NamedTuple):
+    """One plain command and the slot it belongs to; `None` where any node will do."""
+
+    slot: int | None
+    args: tuple[bytes, ...]
+
+
+@attrs.frozen(eq=False)
+class Read:
+    """Commands that change nothing that matters twice, sent together. Resumed with their replies.
+
+    Attributes:
+        tolerant: resumed with an error as a value where the server refuses a command.
+    """
+
+    commands: Sequence[Command]
+    tolerant: bool = False
+
+
+@attrs.frozen(eq=False)
+class Block:
+    """Wait at most `wait_s` seconds for entries of a stream after an id. Resumed with the new entries."""
+
+    slot: int
+    stream: bytes
+    after: bytes
+    wait_s: float
+
+
+@attrs.frozen(eq=False)
+class Pause:
+    """Do nothing for some seconds. Resumed with `None`."""
+
+    seconds: float
+
+
+Yielded = Call | Batch | Read | Block | Pause
+Op = Generator[Yielded, Any, Any]
+
+
+def command(partition: Partition | None, *args: bytes | int) -> Command:
+    """Build a plain command for a partition's node."""
+    encoded = tuple(b"%d" % arg if isinstance(arg, int) else arg for arg in args)
+    return Command(None if partition is None else partition.slot, encoded)
+
+
+# --- between delivery and the wires --------------------------------------------------------------------
+
+
+class Packet(NamedTuple):
+    """Commands for one node, written at once. Resumed with one reply each; an error reply is a `Refusal`."""
+
+    slot: int | None
+    commands: Sequence[Sequence[bytes]]
+
+
+@attrs.frozen
+class Refusal:
+    """An error reply: the command was not executed, or a script failed.
+
+    Attributes:
+        code: the first word of the server's error, such as READONLY.
+        message: all of it.
+    """
+
+    code: str
+    message: str
+
+
+class Lost(Exception):  # noqa: N818 - an event, not an error of ours
+    """No reply came; the client's own error is the `__cause__`.
+
+    Attributes:
+        sent: whether the packet may have reached the server.
+        lasting: whether trying again is of no use, as with a wrong password.
+    """
+
+    def __init__(self, message: str, *, sent: bool, lasting: bool = False) -> None:
+        super().__init__(message)
+        self.sent = sent
+        self.lasting = lasting

@@ -1,0 +1,425 @@
+"""The command line: look at flows, move them by hand, run a wait engine, run the demo."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import itertools
+import json
+import os
+import re
+import signal
+import sys
+import threading
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+from uuid import UUID
+
+import attrs
+import click
+
+from redisflow import render
+from redisflow.engine import WaitEngine
+from redisflow.errors import (
+    AlreadyTerminal,
+    CancelPending,
+    FlowError,
+    FlowNotFound,
+    IllegalTransition,
+    InvalidData,
+    LayoutMismatch,
+    RevisionMismatch,
+    StorageError,
+)
+from redisflow.flow import TERMINAL, FlowStatus
+from redisflow.manager import FlowManager
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from types import FrameType
+
+    from redisflow.flow import Flow, FlowEvent
+
+_REFUSED, _BAD_INPUT, _NOT_FOUND, _STORAGE, _VERIFICATION = 1, 2, 3, 4, 5
+_INTERRUPTED, _OUTPUT_CLOSED = 128 + signal.SIGINT, 128 + signal.SIGPIPE
+_EXIT_CODES: dict[type[FlowError], int] = {
+    AlreadyTerminal: _REFUSED,
+    CancelPending: _REFUSED,
+    IllegalTransition: _REFUSED,
+    RevisionMismatch: _REFUSED,
+    InvalidData: _BAD_INPUT,
+    FlowNotFound: _NOT_FOUND,
+    StorageError: _STORAGE,
+    LayoutMismatch: _STORAGE,
+}
+_EPILOG = """\b
+Exit codes:
+    0  done
+    1  refused: the flow has ended, has a cancel pending, or moved on
+    2  wrong usage, or data that makes no sense
+    3  there is no such flow
+    4  storage: the server cannot be reached, or refuses
+    5  the demo's verification found something off
+  130  interrupted
+  141  nobody reads the output any more
+
+--json prints one JSON document (events: one a line), times as RFC 3339 and bytes as base64 text.
+"""
+_CALL_DEADLINE_S = 5.0  # somebody is waiting at the prompt
+_ENGINE_DEADLINE_S = 15.0
+_RECENT_EVENTS = 10
+_PROBLEMS_SHOWN = 20
+_UNIT_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
+
+
+def run(arguments: Sequence[str] | None = None) -> int:
+    """Run one command. Returns the exit code; whatever a user can get wrong is one line on standard error."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # text streams, all of them
+    try:
+        outcome = redisflow.main(arguments, prog_name="redisflow", standalone_mode=False)
+        sys.stdout.flush()
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except FlowError as error:
+        return _complain(str(error), exit_code(error))
+    except (KeyboardInterrupt, click.Abort):
+        return _INTERRUPTED
+    except BrokenPipeError:
+        # What is left in the buffer would be written, and complained about, once more at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _OUTPUT_CLOSED
+    return outcome if isinstance(outcome, int) else 0
+
+
+def exit_code(error: FlowError) -> int:
+    """The exit code that tells a script what kind of error it was."""
+    return next((code for kind, code in _EXIT_CODES.items() if isinstance(error, kind)), _REFUSED)
+
+
+def _complain(message: str, code: int) -> int:
+    click.echo(f"Error: {render.inert(message)}", err=True)
+    return code
+
+
+# --- what is typed -------------------------------------------------------------------------------------
+
+
+def _duration(context: click.Context, option: click.Parameter, text: str) -> timedelta:
+    """Parse a span such as 30d, 12h, 5m, 90s or 1d12h."""
+    parts = re.findall(r"(\d+)([smhdw])", text, re.ASCII)
+    if not parts or "".join(map("".join, parts)) != text:
+        raise click.BadParameter(f"{text!r} is not a duration such as 30d, 12h, 5m or 90s", context, option)
+    try:
+        span = timedelta(seconds=sum(int(count) * _UNIT_SECONDS[unit] for count, unit in parts))
+        datetime.now(UTC) - span
+    except (OverflowError, ValueError):
+        raise click.BadParameter(f"{text!r} reaches back too far", context, option) from None
+    return span
+
+
+def _json_value(context: click.Context, option: click.Parameter, text: str | None) -> Any:
+    """Parse a JSON value."""
+    try:
+        return None if text is None else json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise click.BadParameter(f"not JSON: {error}", context, option) from None
+
+
+@attrs.frozen
+class Server:
+    """Where the flows are, as the options say."""
+
+    url: str | None
+    prefix: str
+
+    def connect(self, *, deadline_s: float = _CALL_DEADLINE_S) -> FlowManager:
+        """Return a manager; the connection is made when it is entered."""
+        return FlowManager.from_url(self.url, prefix=self.prefix, deadline_s=deadline_s)
+
+
+Command = TypeVar("Command", bound="Callable[..., Any]")
+
+
+def _json_option(command: Command) -> Command:
+    return click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")(command)
+
+
+def _expected_revision_option(command: Command) -> Command:
+    return click.option(
+        "--expected-revision",
+        type=click.IntRange(min=0),
+        metavar="N",
+        help="Refuse unless the flow is at this revision.",
+    )(command)
+
+
+_flow_id = click.argument("flow_id", metavar="ID", type=click.UUID)
+
+
+# --- the commands --------------------------------------------------------------------------------------
+
+
+@click.group(
+    epilog=_EPILOG,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+@click.option(
+    "--url",
+    metavar="URL",
+    help="Where the flows are: redis://, rediss://, unix:// or embedded:///dir. "
+    "Default: $REDISFLOW_URL, else redis://localhost:6379/0.",
+)
+@click.option("--prefix", default="redisflow", show_default=True, metavar="NAME", help="The namespace on it.")
+@click.version_option(package_name="redisflow")
+@click.pass_context
+def redisflow(context: click.Context, url: str | None, prefix: str) -> None:
+    """Look at flows, move them by hand, and run what drives them."""
+    context.obj = Server(url, prefix)
+
+
+@redisflow.command("list")
+@click.option("--owner", metavar="NAME", help="Only flows of this owner, newest first.")
+@click.option("--status", type=click.Choice(list(FlowStatus)), help="Only flows in this status.")
+@click.option("--limit", type=click.IntRange(min=1), default=100, show_default=True, metavar="N", help="At most N.")
+@_json_option
+@click.pass_obj
+def list_flows(server: Server, owner: str | None, status: str | None, limit: int, *, as_json: bool) -> None:
+    """List flows.
+
+    Without --owner the longest unchanged come first, status by status, live ones before ended ones.
+    """
+    wanted = FlowStatus(status) if status is not None else None
+    with server.connect() as flows:
+        found = list(itertools.islice(_matching(flows, owner, wanted), limit + 1))
+    shown = found[:limit]
+    if as_json:
+        click.echo(render.to_json([render.flow_document(flow) for flow in shown]))
+    else:
+        render.show(render.flows_table(shown))
+    if len(found) > limit:
+        click.echo(f"There are more than {limit}; --limit shows more.", err=True)
+
+
+def _matching(flows: FlowManager, owner: str | None, status: FlowStatus | None) -> Iterator[Flow]:
+    if owner is not None:
+        yield from (flow for flow in flows.iter_by_owner(owner) if status in {None, flow.status})
+        return
+    for each in FlowStatus if status is None else (status,):
+        yield from flows.iter_by_status(each)
+
+
+@redisflow.command("show")
+@_flow_id
+@_json_option
+@click.pass_obj
+def show_flow(server: Server, flow_id: UUID, *, as_json: bool) -> None:
+    """Show a flow, its steps and its latest events."""
+    with server.connect() as flows:
+        flow = _existing(flows, flow_id)
+        steps = flows.list_steps(flow_id)
+        events = flows.list_events(flow_id, limit=_RECENT_EVENTS)
+    if as_json:
+        document = {
+            "flow": render.flow_document(flow),
+            "steps": [render.step_document(step) for step in steps],
+            "events": [render.event_document(event) for event in events],
+        }
+        click.echo(render.to_json(document))
+        return
+    render.show(render.flow_table(flow))
+    if steps:
+        render.show(render.steps_table(steps))
+    click.echo("\nlatest events")
+    _print_events(events, as_json=False)
+
+
+def _existing(flows: FlowManager, flow_id: UUID) -> Flow:
+    flow = flows.get(flow_id)
+    if flow is None:
+        raise FlowNotFound(flow_id)
+    return flow
+
+
+@redisflow.command("events")
+@_flow_id
+@click.option("--follow", "-f", is_flag=True, help="Go on with events as they happen, until the flow has ended.")
+@_json_option
+@click.pass_obj
+def list_flow_events(server: Server, flow_id: UUID, *, follow: bool, as_json: bool) -> None:
+    """Print a flow's audit trail, oldest first."""
+    with server.connect() as flows:
+        _existing(flows, flow_id)
+        trail = flows.watch(flow_id, after="0-0") if follow else flows.iter_events(flow_id)
+        _print_events(trail, as_json=as_json)
+
+
+def _print_events(events: Iterable[FlowEvent], *, as_json: bool) -> None:
+    """Print each event as it comes."""
+    output = render.console()
+    for event in events:
+        if as_json:
+            click.echo(render.to_json(render.event_document(event)))
+        else:
+            output.print(render.event_line(event), no_wrap=True, overflow="ellipsis")
+
+
+@redisflow.command("cancel")
+@_flow_id
+@click.option("--request", is_flag=True, help="Only request it: whoever works on the flow cancels it.")
+@_expected_revision_option
+@_json_option
+@click.pass_obj
+def cancel_flow(
+    server: Server, flow_id: UUID, *, request: bool, expected_revision: int | None, as_json: bool
+) -> None:
+    """Cancel a flow, whatever it is doing."""
+    with server.connect() as flows:
+        verb = flows.request_cancel if request else flows.cancel
+        _print_changed(verb(flow_id, expected_revision=expected_revision), as_json=as_json)
+
+
+@redisflow.command("resume")
+@_flow_id
+@click.option("--patch", callback=_json_value, metavar="JSON", help="Merge this into the flow's state.")
+@_expected_revision_option
+@_json_option
+@click.pass_obj
+def resume_flow(server: Server, flow_id: UUID, *, patch: Any, expected_revision: int | None, as_json: bool) -> None:
+    """Resume a waiting flow."""
+    with server.connect() as flows:
+        _print_changed(flows.resume(flow_id, patch, expected_revision=expected_revision), as_json=as_json)
+
+
+def _print_changed(flow: Flow, *, as_json: bool) -> None:
+    if as_json:
+        click.echo(render.to_json(render.flow_document(flow)))
+    else:
+        pending = ", cancel requested" if flow.cancel_requested and not flow.status.is_terminal else ""
+        click.echo(f"flow {flow.id} is {flow.status}{pending}, at revision {flow.revision}")
+
+
+@redisflow.command("stats")
+@_json_option
+@click.pass_obj
+def print_stats(server: Server, *, as_json: bool) -> None:
+    """Count the flows by status, with the one longest unchanged in each."""
+    with server.connect() as flows:
+        counts = flows.count_by_status()
+        oldest = {status: next(iter(flows.list_by_status(status, limit=1)), None) for status in FlowStatus}
+    if as_json:
+        unchanged_since = {status: flow and flow.updated_at for status, flow in oldest.items()}
+        document = {
+            "prefix": server.prefix,
+            "flows": counts,
+            "total": sum(counts.values()),
+            "unchanged_since": unchanged_since,
+        }
+        click.echo(render.to_json(document))
+    else:
+        render.show(render.stats_table(counts, oldest))
+
+
+@redisflow.command("prune")
+@click.option(
+    "--older-than", required=True, callback=_duration, metavar="SPAN", help="Such as 30d, 12h, 5m, 90s or 1d12h."
+)
+@click.option("--dry-run", is_flag=True, help="Count them and delete nothing.")
+@_json_option
+@click.pass_obj
+def prune_flows(server: Server, older_than: timedelta, *, dry_run: bool, as_json: bool) -> None:
+    """Delete the flows that ended and have not changed for SPAN, with their events and steps."""
+    with server.connect() as flows:
+        if dry_run:
+            before = datetime.now(UTC) - older_than
+            old = (flows.iter_by_status(status, updated_before=before) for status in TERMINAL)
+            pruned = sum(1 for _ in itertools.chain.from_iterable(old))
+        else:
+            pruned = flows.prune_terminal_flows(older_than)
+    if as_json:
+        click.echo(render.to_json({"pruned": pruned, "dry_run": dry_run}))
+    else:
+        click.echo(f"{'would delete' if dry_run else 'deleted'} {pruned} flow{'' if pruned == 1 else 's'}")
+
+
+@redisflow.command("engine")
+@click.option(
+    "--interval",
+    type=click.FloatRange(min=0, min_open=True),
+    default=1.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="Look at least so often.",
+)
+@_json_option
+@click.pass_obj
+def run_engine(server: Server, interval: float, *, as_json: bool) -> None:
+    """Run a wait engine until interrupted: it resumes what is due and cancels what was asked to be cancelled.
+
+    Ends with exit code 0 on SIGINT or SIGTERM. Any number may run at once.
+    """
+    stop = threading.Event()
+
+    def end(_signal: int, _frame: FrameType | None) -> None:
+        # Not set() here: a signal may arrive while this very thread holds the event's lock.
+        threading.Thread(target=stop.set).start()
+
+    signal.signal(signal.SIGINT, end)
+    signal.signal(signal.SIGTERM, end)
+    with server.connect(deadline_s=_ENGINE_DEADLINE_S) as flows:
+        engine = CountingEngine(flows)
+        click.echo("running; Ctrl-C ends it", err=True)
+        engine.run(interval, stop)
+    if as_json:
+        click.echo(render.to_json(attrs.asdict(engine.total)))
+    else:
+        done = engine.total
+        click.echo(f"resumed {done.resumed} flows, cancelled {done.cancelled}, {done.errors} errors")
+
+
+@redisflow.command("demo")
+@click.argument("path", required=False, type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--files", type=click.IntRange(min=8), default=2500, show_default=True, metavar="N", help="At most N.")
+@click.option("--keep", is_flag=True, help="Keep the flows, to look at them afterwards.")
+@_json_option
+@click.pass_obj
+def run_demo(server: Server, path: Path | None, files: int, *, keep: bool, as_json: bool) -> int:
+    """Analyse the Python files under PATH, one flow per file, by processes that share the flows.
+
+    PATH is the running Python's standard library unless given. Four workers, a reviewer and a wait engine work on
+    the flows; one worker is killed on the way. Everything is verified at the end. The flows are on a server of
+    the demo's own, $REDISFLOW_URL or not, unless --url says otherwise.
+    """
+    # What only the demo needs.
+    from redisflow.demo.crew import CrewFailed  # noqa: PLC0415
+    from redisflow.demo.plan import FEWEST_FILES, Plan  # noqa: PLC0415
+    from redisflow.demo.screen import report_document, report_table, screen_for  # noqa: PLC0415
+    from redisflow.demo.sources import standard_library  # noqa: PLC0415
+    from redisflow.demo.stage import NotEmpty, perform  # noqa: PLC0415
+
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that nothing is left behind
+    plan = Plan.of(path or standard_library(), files)
+    if len(plan.routes) < FEWEST_FILES:
+        raise click.UsageError(f"{plan.root} has {plan.found} Python files; the demo needs {FEWEST_FILES}")
+    try:
+        with screen_for(render.console(stderr=True), len(plan.routes)) as screen:
+            screen.say(f"{len(plan.routes)} Python files of {plan.root}")
+            performance = perform(server.url, f"{server.prefix}-demo", plan, screen, keep=keep)
+    except NotEmpty as error:
+        raise click.UsageError(str(error)) from None
+    except CrewFailed as error:
+        return _complain(str(error), _STORAGE)
+    report = performance.report
+    if as_json:
+        click.echo(render.to_json(report_document(report, plan)))
+    else:
+        render.show(report_table(report, plan))
+    if performance.kept_at is not None:
+        where = performance.kept_at
+        click.echo(f"flows kept: redisflow --url {where.url} --prefix {where.prefix} list", err=True)
+    for problem in report.problems[:_PROBLEMS_SHOWN]:
+        _complain(problem, _VERIFICATION)
+    if len(report.problems) > _PROBLEMS_SHOWN:
+        _complain(f"... and {len(report.problems) - _PROBLEMS_SHOWN} more", _VERIFICATION)
+    return _VERIFICATION if report.problems else 0

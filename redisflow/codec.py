@@ -1,0 +1,357 @@
+"""Values to bytes and back: state, flows, events and steps.
+
+A value is msgpack, except an integer, which is decimal text so that the server can increment it. No msgpack
+value of another type begins with a digit or `-`, so the first byte tells them apart.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Any, Final
+from uuid import UUID
+
+import attrs
+import msgpack
+
+from redisflow.errors import InvalidData
+from redisflow.flow import Flow, FlowEvent, FlowStatus, FlowStep, FlowStepStatus, StepRuntime
+from redisflow.waits import from_us, to_rfc3339
+
+MAX_DEPTH: Final = 64
+INT64_MIN: Final = -(2**63)
+INT64_MAX: Final = 2**63 - 1
+_MIN_DATETIME, _MAX_DATETIME = datetime.min.replace(tzinfo=UTC), datetime.max.replace(tzinfo=UTC)
+_INTEGER_STARTS = frozenset(b"-0123456789")
+
+WHOLE_STATE: Final = b"s"
+STATE_PREFIX: Final = b"s:"
+
+
+class _Refused(Exception):  # noqa: N818 - never leaves this module
+    """What is wrong with a value, and the path to it."""
+
+
+def _plain(value: Any, room: int) -> Any:  # noqa: ANN401, PLR0911 - any value; one return per type
+    """Return `value` made of nothing but types that msgpack carries there and back."""
+    match value:
+        case None | bool() | bytes():
+            return value
+        case str():
+            return _text(value)
+        case int():
+            if INT64_MIN <= value <= INT64_MAX:
+                return int(value)
+            raise _Refused("an integer beyond 64 bits")
+        case float():
+            if math.isfinite(value):
+                return value
+            raise _Refused(f"{value}, which is not a finite number")
+        case datetime():
+            return _instant(value)
+        case Mapping() | list() | tuple() if room == 0:
+            raise _Refused(f"nesting deeper than {MAX_DEPTH} levels")
+        case Mapping():
+            return {_key(key): _inside(repr(key), item, room - 1) for key, item in value.items()}
+        case list() | tuple():
+            return [_inside(index, item, room - 1) for index, item in enumerate(value)]
+    raise _Refused(f"a {type(value).__name__}, which cannot be stored")
+
+
+def _text(value: str) -> str:
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise _Refused("text with a lone surrogate") from None
+    return value
+
+
+def _key(key: object) -> str:
+    if not isinstance(key, str):
+        raise _Refused(f"a mapping with the key {key!r}; keys must be strings")
+    return _text(key)
+
+
+def _instant(value: datetime) -> datetime:
+    if value.utcoffset() is None:
+        raise _Refused("a naive datetime; give it a time zone")
+    if not _MIN_DATETIME <= value <= _MAX_DATETIME:
+        raise _Refused("a datetime beyond the years 1 to 9999 in UTC")
+    return value
+
+
+def _inside(where: object, value: Any, room: int) -> Any:  # noqa: ANN401 - any value
+    try:
+        return _plain(value, room)
+    except _Refused as refused:
+        reason, *path = refused.args
+        raise _Refused(reason, where, *path) from None
+
+
+def _checked(what: str, value: Any, *, extra_depth: int = 0) -> Any:  # noqa: ANN401 - any value
+    try:
+        return _plain(value, MAX_DEPTH + extra_depth)
+    except _Refused as refused:
+        reason, *path = refused.args
+        where = "".join(f"[{step}]" for step in path)
+        raise InvalidData(f"{what}{where} holds {reason}") from None
+
+
+def pack(what: str, value: Any, *, extra_depth: int = 0) -> bytes:  # noqa: ANN401 - any value
+    """Encode a value as msgpack, integers included.
+
+    Args:
+        what: what the value is, for the error.
+        value: None, bool, int of 64 bits, finite float, str, bytes, list, tuple, mapping with str keys, aware
+            datetime.
+        extra_depth: levels this library itself puts around the caller's value.
+
+    Raises:
+        InvalidData: anything else, or more than 64 levels of nesting; the message says where.
+    """
+    packed: bytes = msgpack.packb(_checked(what, value, extra_depth=extra_depth), datetime=True)
+    return packed
+
+
+def encode(what: str, value: Any, *, extra_depth: int = 0) -> bytes:  # noqa: ANN401 - any value
+    """Encode the value of one field: integers as decimal text, all else as msgpack."""
+    if type(value) is int and INT64_MIN <= value <= INT64_MAX:
+        return b"%d" % value
+    plain = _checked(what, value, extra_depth=extra_depth)
+    if isinstance(plain, int) and not isinstance(plain, bool):
+        return b"%d" % plain
+    packed: bytes = msgpack.packb(plain, datetime=True)
+    return packed
+
+
+def _no_extension(code: int, _: bytes) -> Any:  # noqa: ANN401 - never returns
+    msg = f"unknown extension type {code}"
+    raise ValueError(msg)
+
+
+def unpack(packed: bytes) -> Any:  # noqa: ANN401 - any value
+    """Decode msgpack. Raises ValueError for bytes that make no sense."""
+    try:
+        return msgpack.unpackb(packed, timestamp=3, ext_hook=_no_extension, strict_map_key=True)
+    except (ValueError, OverflowError, TypeError, RecursionError, MemoryError, msgpack.UnpackException) as error:
+        raise ValueError(str(error) or type(error).__name__) from error
+
+
+def decode(encoded: bytes) -> Any:  # noqa: ANN401 - any value
+    """Decode the value of one field. Raises ValueError for bytes that make no sense."""
+    if encoded and encoded[0] in _INTEGER_STARTS:
+        value = _integer(encoded)
+        if not INT64_MIN <= value <= INT64_MAX:
+            msg = "an integer beyond 64 bits"
+            raise ValueError(msg)
+        return value
+    return unpack(encoded)
+
+
+def _integer(encoded: bytes) -> int:
+    """Read canonical decimal text: no spaces, underscores, plus or leading zeros."""
+    value = int(encoded)
+    if b"%d" % value != encoded:
+        msg = f"not an integer: {encoded[:40]!r}"
+        raise ValueError(msg)
+    return value
+
+
+# --- flows ---------------------------------------------------------------------------------------------
+
+
+def _bit(encoded: bytes) -> bool:
+    if encoded not in {b"0", b"1"}:
+        msg = f"neither 0 nor 1: {encoded[:40]!r}"
+        raise ValueError(msg)
+    return encoded == b"1"
+
+
+def _wait(packed: bytes) -> Mapping[str, Any]:
+    wait = unpack(packed)
+    if not isinstance(wait, dict):
+        msg = "not a mapping"
+        raise ValueError(msg)  # noqa: TRY004 - the bytes are wrong, not a caller's type
+    return wait
+
+
+def _when(encoded: bytes) -> datetime:
+    return from_us(_integer(encoded))
+
+
+_DECODERS: dict[str, Callable[[bytes], Any]] = {
+    "controller_id": bytes.decode,
+    "goal": bytes.decode,
+    "owner_session_key": bytes.decode,
+    "requester_origin": bytes.decode,
+    "current_step": bytes.decode,
+    "wait": _wait,
+    "status": lambda encoded: FlowStatus(encoded.decode()),
+    "cancel_requested": _bit,
+    "revision": _integer,
+    "etag": bytes.decode,
+    "created_at": _when,
+    "updated_at": _when,
+}
+
+
+@attrs.frozen(eq=False)
+class StoredFlow:
+    """The hash of a flow as the server has it; decodes what is asked for."""
+
+    flow_id: UUID
+    fields: Mapping[bytes, bytes]
+
+    @property
+    def revision(self) -> int:
+        """The revision of this version."""
+        return int(self.fields[b"revision"])
+
+    @property
+    def etag(self) -> bytes:
+        """The operation that made this version."""
+        return self.fields[b"etag"]
+
+    def read(self, name: str) -> Any:  # noqa: ANN401 - each attribute has its own type
+        """Decode the attribute `name`.
+
+        Raises:
+            InvalidData: the stored bytes make no sense; names flow and field.
+        """
+        if name == "id":
+            return self.flow_id
+        if name == "state":
+            return self._read_state()
+        encoded = self.fields.get(name.encode())
+        if encoded is None:
+            if name == "wait":
+                return None
+            raise InvalidData(f"flow {self.flow_id} has no field {name!r}: its hash is damaged")
+        return self._decoded(name, _DECODERS[name], encoded)
+
+    def _read_state(self) -> Any:  # noqa: ANN401 - any value
+        if (whole := self.fields.get(WHOLE_STATE)) is not None:
+            return self._decoded("s", decode, whole)
+        state = {}
+        for field, encoded in self.fields.items():
+            if field.startswith(STATE_PREFIX):
+                name = field.decode(errors="replace")
+                key = self._decoded(name, bytes.decode, field[len(STATE_PREFIX) :])
+                state[key] = self._decoded(name, decode, encoded)
+        return state
+
+    def _decoded(self, name: str, decoder: Callable[[bytes], Any], encoded: bytes) -> Any:  # noqa: ANN401
+        try:
+            return decoder(encoded)
+        except (ValueError, OverflowError) as error:
+            raise InvalidData(f"flow {self.flow_id}, field {name!r}: stored bytes make no sense: {error}") from error
+
+
+def pairs(flat: Sequence[bytes]) -> dict[bytes, bytes]:
+    """Turn the server's flat list of fields and values into a dict."""
+    return dict(zip(flat[::2], flat[1::2], strict=True))
+
+
+def read_flow(flow_id: UUID, flat: Sequence[bytes]) -> Flow | None:
+    """Decode a whole flow from the reply of HGETALL; `None` for an empty one.
+
+    Raises:
+        InvalidData: the stored bytes make no sense; names flow and field.
+    """
+    if not flat:
+        return None
+    flow = Flow.from_stored(StoredFlow(flow_id, pairs(flat)))
+    for attribute in attrs.fields(Flow):
+        getattr(flow, attribute.name)
+    return flow
+
+
+def failure_stamp(reason: str) -> tuple[bytes, bytes, bytes]:
+    """The state field of a failure, and what stands in it before and after its time."""
+    head = b"\x82\xa2at\xbb"  # a map of two, the key "at", and the header of a text of 27 bytes
+    tail = msgpack.packb("reason") + pack("reason", reason)
+    return STATE_PREFIX + b"failure", head, tail
+
+
+def stamped(head: bytes, updated_at: bytes, tail: bytes) -> bytes:
+    """The value the transition script makes of a stamp at `updated_at`."""
+    return head + to_rfc3339(from_us(int(updated_at))).encode() + tail
+
+
+# --- events --------------------------------------------------------------------------------------------
+
+
+def event_time(event_id: str) -> datetime:
+    """The time in an event id."""
+    return from_us(int(event_id.partition("-")[0]) * 1000)
+
+
+def read_event(flow_id: UUID, entry: Sequence[Any]) -> FlowEvent:
+    """Decode one stream entry.
+
+    Raises:
+        InvalidData: the stored bytes make no sense; names flow and entry.
+    """
+    event_id = entry[0].decode()
+    try:
+        fields = pairs(entry[1])
+        return FlowEvent(
+            id=event_id,
+            flow_id=flow_id,
+            revision=_integer(fields[b"rev"]),
+            kind=fields[b"kind"].decode(),
+            payload=unpack(fields[b"payload"]),
+            at=event_time(event_id),
+            op_id=fields[b"op"].decode(),
+        )
+    except (ValueError, KeyError) as error:
+        raise InvalidData(f"flow {flow_id}, event {event_id}: stored bytes make no sense: {error}") from error
+
+
+# --- steps ---------------------------------------------------------------------------------------------
+
+# A step is a msgpack array; lua/observe_step.lua keeps its first parts, whose lengths are fixed, as they are.
+_STEP_FIELDS = 9
+
+
+def step_head(step_id: UUID) -> bytes:
+    """The array's header and the id, for a step that is new."""
+    packed: bytes = bytes([0x90 + _STEP_FIELDS]) + msgpack.packb(step_id.bytes)
+    return packed
+
+
+def step_tail(run_id: str, task: str, runtime: StepRuntime, status: FlowStepStatus, result: Any) -> bytes:  # noqa: ANN401
+    """The fields every observation replaces."""
+    packed: bytes = (
+        msgpack.packb(run_id)
+        + msgpack.packb(task)
+        + msgpack.packb(runtime.value)
+        + msgpack.packb(status.value)
+        + pack("result", result)
+    )
+    return packed
+
+
+def read_step(flow_id: UUID, packed: bytes) -> FlowStep:
+    """Decode one step.
+
+    Raises:
+        InvalidData: the stored bytes make no sense; names flow and step.
+    """
+    try:
+        step_id, created_at, updated_at, child_session_key, run_id, task, runtime, status, result = unpack(packed)
+        return FlowStep(
+            id=UUID(bytes=step_id),
+            flow_id=flow_id,
+            runtime=StepRuntime(runtime),
+            child_session_key=child_session_key,
+            run_id=run_id,
+            task=task,
+            status=FlowStepStatus(status),
+            result=result,
+            created_at=from_us(int(created_at)),
+            updated_at=from_us(int(updated_at)),
+        )
+    except (ValueError, TypeError, OverflowError) as error:
+        raise InvalidData(f"flow {flow_id}, step {packed[:60]!r}: stored bytes make no sense: {error}") from error

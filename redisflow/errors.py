@@ -1,0 +1,151 @@
+"""The exception tree.
+
+FlowError
+├── FlowNotFound         no such flow, or not one the caller may see
+├── FlowExists           the id is taken
+├── RevisionMismatch     the flow moved on since it was read
+├── IllegalTransition    the lifecycle has no such step
+├── AlreadyTerminal      the flow has ended
+├── CancelPending        a cancel was requested; only `cancel` may follow
+├── InvalidData          a value that cannot be stored, or stored bytes that make no sense
+├── LayoutMismatch       the namespace was created with another layout
+└── StorageError         the server could not be reached or refused; nothing was changed
+    ├── OutcomeUnknown   the change may or may not have been applied
+    └── NotDurable       applied, but not confirmed by as many replicas as asked
+
+Every error carries its facts as attributes and builds its own message from them.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from uuid import UUID
+
+    from redisflow.flow import Flow, FlowStatus
+
+
+class FlowError(Exception):
+    """Base of everything this library raises on its own account."""
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """Travel between processes: messages are built from attributes, not from `args`."""
+        return _rebuild, (type(self), self.args, self.__dict__)
+
+
+def _rebuild(kind: type[FlowError], args: tuple[object, ...], facts: dict[str, object]) -> FlowError:
+    error = kind.__new__(kind)
+    error.args = args
+    error.__dict__.update(facts)
+    return error
+
+
+class FlowNotFound(FlowError):
+    """No flow has this id, as far as the caller may see."""
+
+    def __init__(self, flow_id: UUID) -> None:
+        self.flow_id = flow_id
+        super().__init__(f"flow {flow_id} does not exist")
+
+
+class FlowExists(FlowError):
+    """The id given for a new flow is taken."""
+
+    def __init__(self, flow_id: UUID) -> None:
+        self.flow_id = flow_id
+        super().__init__(
+            f"flow {flow_id} exists already; pass exist_ok=True to get it, or choose another id"
+        )
+
+
+class RevisionMismatch(FlowError):
+    """The flow is no longer the version the caller meant to change."""
+
+    def __init__(self, flow_id: UUID, expected: int, actual: int) -> None:
+        self.flow_id = flow_id
+        self.expected = expected
+        self.actual = actual
+        # Equal numbers and yet another version: a failover lost writes and the number was used again.
+        found = f"is at revision {actual}" if expected != actual else "is another writer's under that revision"
+        super().__init__(f"flow {flow_id} {found}, expected {expected}; read it again before changing it")
+
+
+class IllegalTransition(FlowError):
+    """The lifecycle has no step from `source` to `target`."""
+
+    def __init__(self, flow_id: UUID, source: FlowStatus, target: FlowStatus) -> None:
+        self.flow_id = flow_id
+        self.source = source
+        self.target = target
+        allowed = ", ".join(sorted(source.targets)) or "nothing"
+        super().__init__(f"flow {flow_id} is {source} and cannot become {target}; it can become {allowed}")
+
+
+class AlreadyTerminal(FlowError):
+    """The flow has ended and does not change any more."""
+
+    def __init__(self, flow_id: UUID, status: FlowStatus) -> None:
+        self.flow_id = flow_id
+        self.status = status
+        super().__init__(f"flow {flow_id} has ended as {status} and cannot change")
+
+
+class CancelPending(FlowError):
+    """A cancel was requested: the flow can only be cancelled now."""
+
+    def __init__(self, flow_id: UUID) -> None:
+        self.flow_id = flow_id
+        super().__init__(f"flow {flow_id} has a cancel pending; stop its work and call cancel()")
+
+
+class InvalidData(FlowError):
+    """A value that cannot be stored, or stored bytes that make no sense."""
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+        super().__init__(reason)
+
+
+class LayoutMismatch(FlowError):
+    """The namespace was created with another layout than this client uses."""
+
+    def __init__(self, prefix: str, what: str, expected: int, actual: int) -> None:
+        self.prefix = prefix
+        self.what = what
+        self.expected = expected
+        self.actual = actual
+        super().__init__(
+            f"namespace {prefix!r} has {what} {actual}, this client uses {expected}; "
+            "connect with the namespace's own settings, or choose another prefix"
+        )
+
+
+class StorageError(FlowError):
+    """The server could not be reached, or refused. Nothing was changed by this call.
+
+    The client library's own error, where there is one, is the `__cause__`.
+    """
+
+
+class OutcomeUnknown(StorageError):
+    """The change may or may not have been applied.
+
+    The same verb called with `op_id=error.op_id` settles it: applied already, it answers as it would have;
+    not applied, it is applied now.
+    """
+
+    def __init__(self, op_id: str, reason: str = "the reply was lost and the server did not come back") -> None:
+        self.op_id = op_id
+        super().__init__(f"outcome unknown: {reason}; call again with op_id={op_id!r} to settle it")
+
+
+class NotDurable(StorageError):
+    """Applied, but fewer replicas confirmed it than were asked for."""
+
+    def __init__(self, flow: Flow | None, wanted: int, reached: int) -> None:
+        self.flow = flow
+        self.wanted = wanted
+        self.reached = reached
+        subject = f"the change to flow {flow.id}" if flow is not None else "the change"
+        super().__init__(f"{subject} was applied, but {reached} of {wanted} replicas confirmed it in time")

@@ -1,0 +1,220 @@
+"""Flows, their steps and events, and the lifecycle: the one transition table everything else is driven by."""
+
+from __future__ import annotations
+
+import enum
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+import attrs
+
+from redisflow.waits import ExternalEvent, Manual, Timer, parse_wait
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from datetime import datetime
+    from uuid import UUID
+
+
+class FlowStatus(enum.StrEnum):
+    """Where a flow stands in its life."""
+
+    CREATED = "created"
+    RUNNING = "running"
+    WAITING = "waiting"
+    FINISHED = "finished"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+    @property
+    def targets(self) -> frozenset[FlowStatus]:
+        """The statuses a flow may go to from here."""
+        return TRANSITIONS[self]
+
+    @property
+    def is_terminal(self) -> bool:
+        """Whether a flow in this status has ended."""
+        return not TRANSITIONS[self]
+
+    def can_transition_to(self, other: FlowStatus) -> bool:
+        """Whether the lifecycle has a step from here to `other`."""
+        return other in TRANSITIONS[self]
+
+
+TRANSITIONS: dict[FlowStatus, frozenset[FlowStatus]] = {
+    FlowStatus.CREATED: frozenset({FlowStatus.RUNNING, FlowStatus.CANCELLED}),
+    FlowStatus.RUNNING: frozenset(
+        {FlowStatus.WAITING, FlowStatus.FINISHED, FlowStatus.FAILED, FlowStatus.CANCELLED}
+    ),
+    FlowStatus.WAITING: frozenset({FlowStatus.RUNNING, FlowStatus.FAILED, FlowStatus.CANCELLED}),
+    FlowStatus.FINISHED: frozenset(),
+    FlowStatus.FAILED: frozenset(),
+    FlowStatus.CANCELLED: frozenset(),
+}
+TERMINAL = tuple(status for status in FlowStatus if status.is_terminal)
+
+
+class FlowStepStatus(enum.StrEnum):
+    """How the observed work of a step stands."""
+
+    PENDING = "pending"
+    RUNNING = "running"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+
+class StepRuntime(enum.StrEnum):
+    """Who runs a step: this fleet (`managed`), or something it only watches (`mirrored`)."""
+
+    MANAGED = "managed"
+    MIRRORED = "mirrored"
+
+
+@attrs.frozen
+class Verb:
+    """One row of the lifecycle, as the transition script gets it.
+
+    Attributes:
+        kind: the event it appends.
+        target: the status it leads to; `None` leaves the status as it is.
+        when_cancel_pending: `refuse` raises CancelPending, `allow` goes on, `ignore` changes nothing.
+        when_terminal: `refuse` raises AlreadyTerminal, `ignore` changes nothing.
+        allow_oom: goes on working when the server is out of memory, so that work can be ended.
+    """
+
+    kind: str
+    target: FlowStatus | None
+    when_cancel_pending: Literal["refuse", "allow", "ignore"] = "refuse"
+    when_terminal: Literal["refuse", "ignore"] = "refuse"
+    allow_oom: bool = False
+
+    @property
+    def sources(self) -> frozenset[FlowStatus]:
+        """The statuses it may start from."""
+        live = (status for status in FlowStatus if not status.is_terminal)
+        return frozenset(s for s in live if self.target is None or s.can_transition_to(self.target))
+
+
+START_RUNNING = Verb("started", FlowStatus.RUNNING)
+SET_WAITING = Verb("waiting", FlowStatus.WAITING)
+RESUME = Verb("resumed", FlowStatus.RUNNING, allow_oom=True)
+FINISH = Verb("finished", FlowStatus.FINISHED, allow_oom=True)
+FAIL = Verb("failed", FlowStatus.FAILED, allow_oom=True)
+CANCEL = Verb("cancelled", FlowStatus.CANCELLED, when_cancel_pending="allow", allow_oom=True)
+REQUEST_CANCEL = Verb("cancel_requested", None, when_cancel_pending="ignore", when_terminal="ignore", allow_oom=True)
+UPDATE_STATE = Verb("state_updated", None)
+
+
+class Stored(Protocol):
+    """The stored form of a flow: decodes one attribute when it is asked for."""
+
+    def read(self, name: str) -> Any:  # noqa: ANN401 - each attribute has its own type
+        """Decode the attribute `name`."""
+
+
+@attrs.frozen(kw_only=True)
+class Flow:
+    """One version of a flow, as it was read.
+
+    `state` is the caller's copy: writing into it changes nothing that is stored. To store an altered flow,
+    pass `attrs.evolve(flow, …)` to `update_and_append`.
+
+    Attributes:
+        wait: the wire mapping of what a waiting flow waits for, else `None`; `condition` is it parsed.
+        revision: 0 at creation, one more at every change.
+        etag: the id of the operation that made this version; unlike a revision, never used twice.
+        created_at, updated_at: the server's time, UTC, to the microsecond.
+    """
+
+    id: UUID
+    controller_id: str
+    goal: str
+    owner_session_key: str
+    requester_origin: str
+    current_step: str
+    state: Any
+    wait: Mapping[str, Any] | None
+    status: FlowStatus
+    cancel_requested: bool
+    revision: int
+    etag: str
+    created_at: datetime
+    updated_at: datetime
+    # What was read, whatever the caller makes of the rest: evolve() carries it along.
+    _base: Stored | None = attrs.field(default=None, eq=False, repr=False)
+
+    if not TYPE_CHECKING:  # a type checker would take any name for an attribute
+
+        def __getattr__(self, name):
+            """Decode an attribute when it is first looked at."""
+            if name in _ATTRIBUTES and self._base is not None:
+                value = self._base.read(name)
+                object.__setattr__(self, name, value)
+                return value
+            raise AttributeError(name)
+
+    @property
+    def condition(self) -> Timer | ExternalEvent | Manual | None:
+        """`wait` parsed; `None` when the flow waits for nothing, or for something of the caller's own."""
+        return None if self.wait is None else parse_wait(self.wait)
+
+    @classmethod
+    def from_stored(cls, stored: Stored) -> Flow:
+        """Make a flow that decodes what is looked at."""
+        flow = cls.__new__(cls)
+        object.__setattr__(flow, "_base", stored)
+        return flow
+
+
+_ATTRIBUTES = frozenset(field.name for field in attrs.fields(Flow)) - {"_base"}
+
+
+@attrs.frozen(kw_only=True)
+class FlowEvent:
+    """One entry of a flow's audit trail.
+
+    Attributes:
+        id: the entry's stream id, `<milliseconds>-<sequence>`; ids of one flow only grow.
+        revision: the flow's revision after the event.
+        op_id: the operation that caused it.
+        at: the server's time, UTC, to the millisecond.
+    """
+
+    id: str
+    flow_id: UUID
+    revision: int
+    kind: str
+    payload: Any
+    at: datetime
+    op_id: str = attrs.field(default="", repr=False)
+
+
+@attrs.frozen(kw_only=True)
+class FlowStep:
+    """The last observation of one run of work that happens elsewhere."""
+
+    id: UUID
+    flow_id: UUID
+    runtime: StepRuntime
+    child_session_key: str | None
+    run_id: str
+    task: str
+    status: FlowStepStatus
+    result: Any
+    created_at: datetime
+    updated_at: datetime
+
+
+@attrs.frozen
+class StepObservation:
+    """What was seen of a run: upserts the step `(flow_id, run_id)`.
+
+    `child_session_key=None` keeps the key an earlier observation gave.
+    """
+
+    flow_id: UUID | str | Flow
+    run_id: str
+    task: str
+    status: FlowStepStatus | str
+    child_session_key: str | None = None
+    result: Any = None

@@ -1,0 +1,132 @@
+"""Every key name, and where each flow lives.
+
+A key is `{tag}:<kind>[:<name>]`. The hash tag comes first, so no name can move a key; all keys of one flow
+share the tag, so one script may touch them on a cluster too. The layout is documented in docs/layout.md.
+"""
+
+from __future__ import annotations
+
+import re
+from binascii import crc_hqx
+from itertools import count
+from typing import TYPE_CHECKING
+
+import attrs
+
+from redisflow.errors import InvalidData
+from redisflow.flow import FlowStatus
+
+if TYPE_CHECKING:
+    from uuid import UUID
+
+LAYOUT_VERSION = 1
+DEFAULT_PARTITIONS = 16
+MAX_PARTITIONS = 1024
+SLOTS = 16_384
+_PREFIX = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+
+
+def slot_of(tag: str) -> int:
+    """The cluster slot of a hash tag: CRC16 (XMODEM) modulo 16,384, as the cluster specification has it."""
+    return crc_hqx(tag.encode(), 0) % SLOTS
+
+
+def require_prefix(prefix: object) -> str:
+    """Return `prefix` if it can begin a key.
+
+    Raises:
+        InvalidData: not 1 to 64 characters of `A-Za-z0-9_.-`.
+    """
+    if not isinstance(prefix, str) or _PREFIX.fullmatch(prefix) is None:
+        raise InvalidData(f"prefix {prefix!r} is not 1 to 64 characters of A-Z a-z 0-9 _ . -")
+    return prefix
+
+
+def require_partitions(partitions: object) -> int:
+    """Return `partitions` if a namespace can have that many."""
+    if isinstance(partitions, bool) or not isinstance(partitions, int) or not 1 <= partitions <= MAX_PARTITIONS:
+        raise InvalidData(f"partitions must be a whole number from 1 to {MAX_PARTITIONS}, not {partitions!r}")
+    return partitions
+
+
+def meta_key(prefix: str) -> str:
+    """The hash with the namespace's layout version and partition count."""
+    return f"{prefix}:meta"
+
+
+@attrs.frozen
+class Partition:
+    """The key names of one partition. `owner` names arrive encoded, checked by the caller."""
+
+    number: int
+    tag: str
+    slot: int
+    due: bytes
+    waiters: bytes
+    statuses: tuple[bytes, ...]
+    _flow: bytes = attrs.field(repr=False)
+    _events: bytes = attrs.field(repr=False)
+    _steps: bytes = attrs.field(repr=False)
+    _owner: bytes = attrs.field(repr=False)
+
+    @classmethod
+    def named(cls, prefix: str, number: int, partitions: int) -> Partition:
+        """Find the tag of partition `number`: the first that lands in its share of the slots."""
+        for n in count():
+            tag = f"{prefix}:{number}.{n}"
+            slot = slot_of(tag)
+            if slot * partitions // SLOTS == number:
+                break
+        head = f"{{{tag}}}:".encode()
+        return cls(
+            number=number,
+            tag=tag,
+            slot=slot,
+            due=head + b"due",
+            waiters=head + b"waiters",
+            statuses=tuple(head + b"status:" + status.encode() for status in FlowStatus),
+            flow=head + b"flow:",
+            events=head + b"events:",
+            steps=head + b"steps:",
+            owner=head + b"owner:",
+        )
+
+    def flow(self, flow_id: bytes) -> bytes:
+        """The hash of a flow."""
+        return self._flow + flow_id
+
+    def events(self, flow_id: bytes) -> bytes:
+        """The stream of a flow's events."""
+        return self._events + flow_id
+
+    def steps(self, flow_id: bytes) -> bytes:
+        """The hash of a flow's steps, by run id."""
+        return self._steps + flow_id
+
+    def owner(self, owner: bytes) -> bytes:
+        """The sorted set of an owner's flows, by creation."""
+        return self._owner + owner
+
+    def status(self, status: FlowStatus) -> bytes:
+        """The sorted set of the flows in a status, by last change."""
+        return self.statuses[_STATUS_ORDER[status]]
+
+
+_STATUS_ORDER = {status: index for index, status in enumerate(FlowStatus)}
+
+
+@attrs.frozen
+class Keyspace:
+    """The partitions of one namespace."""
+
+    prefix: str
+    partitions: tuple[Partition, ...]
+
+    @classmethod
+    def of(cls, prefix: str, partitions: int) -> Keyspace:
+        """Name every partition of a namespace."""
+        return cls(prefix, tuple(Partition.named(prefix, number, partitions) for number in range(partitions)))
+
+    def partition_of(self, flow_id: UUID) -> Partition:
+        """The partition a flow lives in."""
+        return self.partitions[flow_id.int % len(self.partitions)]

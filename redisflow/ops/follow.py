@@ -1,0 +1,97 @@
+"""Watching a flow and waiting for it, by blocking reads of its event stream."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator
+from typing import Any
+from uuid import UUID
+
+from redisflow.calls import Block, Read, command
+from redisflow.codec import read_event, read_flow
+from redisflow.errors import AlreadyTerminal, FlowNotFound
+from redisflow.flow import TERMINAL, Flow, FlowEvent, FlowStatus
+from redisflow.ops.namespace import Namespace, Target, flow_id_of, partition_of, seconds_of, status_of
+from redisflow.ops.records import EVENTS_PAGE, require_event_id
+
+_FOREVER_S = float("inf")
+
+
+class Watch:
+    """The events of a flow as they happen, until the one that ends it or the timeout."""
+
+    def __init__(
+        self, namespace: Namespace, flow_id: UUID | str | Flow, after: str | None, timeout: float | None
+    ) -> None:
+        """Check the inputs; `after=None` is from now on, `timeout` seconds."""
+        self._namespace = namespace
+        self._target = Target(flow_id_of(flow_id))
+        self._after = None if after is None else require_event_id(after)
+        timeout_s = seconds_of("timeout", timeout)
+        self._until_s = _FOREVER_S if timeout_s is None else time.monotonic() + timeout_s
+        self._done = False
+
+    def next_page(self) -> Generator[Read | Block, Any, list[FlowEvent] | None]:
+        """The next events, waiting for them; `None` at the end."""
+        partition = partition_of(self._namespace, self._target)
+        flow_key, stream = partition.flow(self._target.member), partition.events(self._target.member)
+        if self._after is None:
+            # Resolved to an id once: "from now" asked again after a lost connection would skip what came between.
+            (last,) = yield Read([command(partition, b"XREVRANGE", stream, b"+", b"-", b"COUNT", 1)])
+            self._after = last[0][0] if last else b"0-0"
+        while not self._done:
+            # Status before events: when it says ended, the event that ended it is already in the stream.
+            (status, revision), entries = yield Read(
+                [
+                    command(partition, b"HMGET", flow_key, b"status", b"revision"),
+                    command(partition, b"XRANGE", stream, b"(" + self._after, b"+", b"COUNT", EVENTS_PAGE),
+                ]
+            )
+            if status is None:
+                raise FlowNotFound(self._target.flow_id)
+            events = [read_event(self._target.flow_id, entry) for entry in entries]
+            if status_of(status.decode()).is_terminal:
+                ended_by = next((n for n, event in enumerate(events) if event.revision == int(revision)), None)
+                self._done = ended_by is not None or len(events) < EVENTS_PAGE
+                events = events[: None if ended_by is None else ended_by + 1]
+            if events:
+                self._after = events[-1].id.encode()
+                return events
+            left_s = self._until_s - time.monotonic()
+            if left_s <= 0:
+                self._done = True
+            elif not self._done:
+                yield Block(partition.slot, stream, self._after, left_s)
+        return None
+
+
+def wait_for(
+    namespace: Namespace, flow_id: UUID | str | Flow, statuses: tuple[FlowStatus | str, ...], timeout: float | None
+) -> Generator[Read | Block, Any, Flow]:
+    """Wait until the flow is in one of `statuses`; by default, until it has ended."""
+    target = Target(flow_id_of(flow_id))
+    wanted = {status_of(status) for status in statuses} or set(TERMINAL)
+    timeout_s = seconds_of("timeout", timeout)
+    until_s = _FOREVER_S if timeout_s is None else time.monotonic() + timeout_s
+    partition = partition_of(namespace, target)
+    flow_key, stream = partition.flow(target.member), partition.events(target.member)
+    while True:
+        # The last event before the flow: a change after the flow was read comes after that event too.
+        last, flat = yield Read(
+            [
+                command(partition, b"XREVRANGE", stream, b"+", b"-", b"COUNT", 1),
+                command(partition, b"HGETALL", flow_key),
+            ]
+        )
+        flow = read_flow(target.flow_id, flat)
+        if flow is None:
+            raise FlowNotFound(target.flow_id)
+        if flow.status in wanted:
+            return flow
+        if flow.status.is_terminal:
+            raise AlreadyTerminal(target.flow_id, flow.status)
+        left_s = until_s - time.monotonic()
+        if left_s <= 0:
+            names = ", ".join(sorted(wanted))
+            raise TimeoutError(f"flow {target.flow_id} is {flow.status} after {timeout_s} s, not {names}")
+        yield Block(partition.slot, stream, last[0][0] if last else b"0-0", left_s)

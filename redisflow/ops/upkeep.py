@@ -1,0 +1,198 @@
+"""Connecting to a namespace, deleting and pruning flows."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Generator
+from datetime import timedelta
+from typing import Any
+from uuid import UUID
+
+from redisflow import scripts
+from redisflow.calls import Batch, Call, Read, Refusal, command
+from redisflow.errors import FlowError, InvalidData, LayoutMismatch, StorageError
+from redisflow.flow import TERMINAL, Flow
+from redisflow.keys import DEFAULT_PARTITIONS, LAYOUT_VERSION, meta_key
+from redisflow.ops.namespace import (
+    TERMINAL_SPACED,
+    Namespace,
+    Target,
+    expectation,
+    op_id_of,
+    partition_of,
+    raise_refusal,
+    target_of,
+)
+from redisflow.ops.reads import Listing
+from redisflow.waits import MICROSECOND, from_us
+
+MIN_REDIS, MIN_VALKEY = (7, 0), (7, 2)
+PRUNE_PAGE = 500
+
+
+# --- connecting ----------------------------------------------------------------------------------------
+
+
+def connect(namespace: Namespace, *, real_server: bool, allow_eviction: bool) -> Generator[Read, Any, None]:
+    """Check the server and join the namespace, creating it where it is new.
+
+    Raises:
+        StorageError: the server is too old, may evict flows, or cannot be reached.
+        LayoutMismatch: the namespace was created with another layout; nothing was written.
+    """
+    if real_server:
+        yield from _check_server(allow_eviction=allow_eviction)
+    meta = meta_key(namespace.prefix).encode()
+    fields = command(None, b"HMGET", meta, b"layout", b"partitions")
+    ((layout, partitions),) = yield Read([fields])
+    if layout is None and partitions is None:
+        wanted = DEFAULT_PARTITIONS if namespace.partitions is None else namespace.partitions
+        # Whoever sets a field first decides it: two creators of one namespace end with the same settings.
+        _, _, (layout, partitions) = yield Read(
+            [
+                command(None, b"HSETNX", meta, b"partitions", wanted),
+                command(None, b"HSETNX", meta, b"layout", LAYOUT_VERSION),
+                fields,
+            ]
+        )
+    found_layout, found_partitions = _number(namespace, layout), _number(namespace, partitions)
+    if found_layout != LAYOUT_VERSION:
+        raise LayoutMismatch(namespace.prefix, "layout version", LAYOUT_VERSION, found_layout)
+    if namespace.partitions not in {None, found_partitions}:
+        raise LayoutMismatch(namespace.prefix, "partition count", namespace.partitions or 0, found_partitions)
+    namespace.connected(found_partitions)
+
+
+def _number(namespace: Namespace, text: bytes | None) -> int:
+    if text is None or not text.isdigit() or int(text) < 1:
+        raise InvalidData(f"namespace {namespace.prefix!r}: {meta_key(namespace.prefix)} is damaged")
+    return int(text)
+
+
+def _check_server(*, allow_eviction: bool) -> Generator[Read, Any, None]:
+    """Check the version, and that what is stored stays stored."""
+    info_reply, save_reply = yield Read(
+        [command(None, b"INFO"), command(None, b"CONFIG", b"GET", b"save")], tolerant=True
+    )
+    if isinstance(info_reply, Refusal):
+        raise StorageError(f"the server cannot be checked: {info_reply.message}; allow this user the INFO command")
+    info = dict(line.split(":", 1) for line in info_reply.decode().splitlines() if ":" in line)
+    _check_version(info)
+    policy = info.get("maxmemory_policy", "noeviction")
+    if policy.startswith("allkeys-") and not allow_eviction:
+        raise StorageError(
+            f"the server's maxmemory-policy is {policy}: it deletes flows when memory runs short. "
+            "Set it to noeviction, or pass allow_eviction=True to accept losing them"
+        )
+    # Some hosts forbid CONFIG; then there is no telling, and nothing is said.
+    snapshots = isinstance(save_reply, Refusal) or (len(save_reply) > 1 and bool(save_reply[1]))
+    if info.get("aof_enabled") == "0" and not snapshots:
+        warnings.warn(
+            "the server keeps nothing on disk (no append-only file, no snapshots): a restart loses every flow",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+
+def _check_version(info: dict[str, str]) -> None:
+    name, key, needed = "Redis", "redis_version", MIN_REDIS
+    if "valkey_version" in info:
+        name, key, needed = "Valkey", "valkey_version", MIN_VALKEY
+    version = info.get(key, "0")
+    if tuple(int(part) for part in version.split(".")[:2] if part.isdigit()) < needed:
+        wanted = ".".join(map(str, needed))
+        raise StorageError(f"the server is {name} {version}; redisflow needs {name} {wanted} or newer")
+
+
+# --- deleting ------------------------------------------------------------------------------------------
+
+
+def delete(
+    namespace: Namespace, flow: Flow | UUID | str, *, expected_revision: object, op_id: object
+) -> Generator[Any, Any, bool]:
+    """Delete a flow, live or not, with every key of its. Returns whether there was one."""
+    target = target_of(flow)
+    op = op_id_of(op_id)
+    expected = expectation(target, expected_revision)
+    while True:
+        (owner,) = yield Read([_owner_of(namespace, target)])
+        if owner is None:
+            return False
+        reply = yield _delete_call(namespace, target, owner, op, expected=expected)
+        match reply:
+            case [b"OK"]:
+                return True
+            case [b"ABSENT"]:
+                return False
+            case [b"MOVED"]:  # deleted and created anew for another owner since the read
+                continue
+        raise_refusal(reply, target.flow_id, op, expected=expected[0])
+
+
+def prune_terminal_flows(namespace: Namespace, older_than: timedelta) -> Generator[Any, Any, int]:
+    """Delete terminal flows that have not changed for that long. Returns how many."""
+    if not isinstance(older_than, timedelta):
+        raise InvalidData(f"older_than must be a timedelta, not {type(older_than).__name__}")
+    if older_than < timedelta(0):
+        raise InvalidData(f"older_than must not be negative: {older_than}")
+    ((seconds, micros),) = yield Read([command(None, b"TIME")])
+    before_us = int(seconds) * 1_000_000 + int(micros) - older_than // MICROSECOND
+    if before_us <= 0:
+        return 0
+    pruned = 0
+    for status in TERMINAL:
+        listing = Listing(namespace, status=status, updated_before=from_us(before_us), page=PRUNE_PAGE)
+        while ids := (yield from listing.next_ids()):
+            pruned += yield from _prune_page(namespace, ids, before_us)
+    return pruned
+
+
+def _prune_page(namespace: Namespace, ids: list[bytes], before_us: int) -> Generator[Any, Any, int]:
+    targets = [Target(UUID(member.decode())) for member in ids]
+    owners = yield Read([_owner_of(namespace, target) for target in targets])
+    calls = [
+        _delete_call(namespace, target, owner, op_id_of(None), prune_before_us=before_us)
+        for target, owner in zip(targets, owners, strict=True)
+        if owner is not None
+    ]
+    if not calls:
+        return 0
+    outcomes = yield Batch(calls)
+    for outcome in outcomes:
+        if isinstance(outcome, FlowError):
+            raise outcome
+    return sum(outcome == [b"OK"] for outcome in outcomes)
+
+
+def _owner_of(namespace: Namespace, target: Target) -> Any:  # noqa: ANN401 - a Command
+    partition = partition_of(namespace, target)
+    return command(partition, b"HGET", partition.flow(target.member), b"owner_session_key")
+
+
+def _delete_call(  # noqa: PLR0913 - what the script takes
+    namespace: Namespace,
+    target: Target,
+    owner: bytes,
+    op: str,
+    *,
+    expected: tuple[bytes, bytes] = (b"", b""),
+    prune_before_us: int | None = None,
+) -> Call:
+    partition, member = partition_of(namespace, target), target.member
+    pruning = (b"", b"") if prune_before_us is None else (TERMINAL_SPACED, b"%d" % prune_before_us)
+    return Call(
+        scripts.DELETE,
+        partition.slot,
+        (
+            partition.flow(member),
+            partition.events(member),
+            partition.steps(member),
+            partition.owner(owner),
+            partition.due,
+            partition.waiters,
+            *partition.statuses,
+        ),
+        (op.encode(), b"", member, owner, *expected, *pruning),
+        subject=f"flow {target.flow_id}",
+        op_id=op,
+    )

@@ -1,0 +1,234 @@
+"""Flows, steps and events as JSON documents for programs and as text for people."""
+
+from __future__ import annotations
+
+import base64
+import json
+import sys
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from redisflow.waits import to_rfc3339
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from redisflow.flow import Flow, FlowEvent, FlowStatus, FlowStep
+
+# Wide enough for any row: where no terminal shows it, nothing is wrapped or cut.
+_UNBOUNDED = 100_000
+_STATUS_STYLES = {
+    "created": "white",
+    "running": "cyan",
+    "waiting": "yellow",
+    "finished": "green",
+    "failed": "red",
+    "cancelled": "magenta",
+}
+_UNITS = ((86_400, "d"), (3_600, "h"), (60, "m"))
+
+
+def console(*, stderr: bool = False) -> Console:
+    """A console that knows colours and width on a terminal, and plain unbroken text elsewhere."""
+    stream = sys.stderr if stderr else sys.stdout
+    if stream.isatty():
+        return Console(stderr=stderr)
+    return Console(stderr=stderr, force_terminal=False, color_system=None, width=_UNBOUNDED)
+
+
+def inert(text: str) -> str:
+    """Escape what could drive a terminal or break a line: names and payloads are anybody's."""
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
+
+
+# --- for programs --------------------------------------------------------------------------------------
+
+
+def to_json(document: object, *, indent: int | None = None) -> str:
+    """JSON in ASCII: datetimes as RFC 3339 text, bytes as base64 text."""
+    return json.dumps(document, default=_as_text, indent=indent)
+
+
+def _as_text(value: object) -> str:
+    match value:
+        case datetime():
+            return to_rfc3339(value)
+        case bytes():
+            return base64.b64encode(value).decode()
+        case _:
+            return str(value)
+
+
+def flow_document(flow: Flow) -> dict[str, Any]:
+    """Every attribute of a flow."""
+    return {
+        "id": flow.id,
+        "controller_id": flow.controller_id,
+        "goal": flow.goal,
+        "owner_session_key": flow.owner_session_key,
+        "requester_origin": flow.requester_origin,
+        "status": flow.status,
+        "cancel_requested": flow.cancel_requested,
+        "current_step": flow.current_step,
+        "revision": flow.revision,
+        "etag": flow.etag,
+        "created_at": flow.created_at,
+        "updated_at": flow.updated_at,
+        "wait": flow.wait,
+        "state": flow.state,
+    }
+
+
+def event_document(event: FlowEvent) -> dict[str, Any]:
+    """Every attribute of an audit event."""
+    return {
+        "id": event.id,
+        "flow_id": event.flow_id,
+        "revision": event.revision,
+        "kind": event.kind,
+        "at": event.at,
+        "op_id": event.op_id,
+        "payload": event.payload,
+    }
+
+
+def step_document(step: FlowStep) -> dict[str, Any]:
+    """Every attribute of a step."""
+    return {
+        "id": step.id,
+        "flow_id": step.flow_id,
+        "runtime": step.runtime,
+        "child_session_key": step.child_session_key,
+        "run_id": step.run_id,
+        "task": step.task,
+        "status": step.status,
+        "result": step.result,
+        "created_at": step.created_at,
+        "updated_at": step.updated_at,
+    }
+
+
+# --- for people ----------------------------------------------------------------------------------------
+
+
+def show(table: Table) -> None:
+    """Print a table to standard output."""
+    target = console()
+    if target.is_terminal:
+        target.print(table)
+        return
+    with target.capture() as captured:
+        target.print(table)
+    sys.stdout.writelines(line.rstrip() + "\n" for line in captured.get().splitlines() if line.strip())
+
+
+def compact(value: object) -> str:
+    """A value as JSON on one line, readable as far as a terminal can be trusted with it."""
+    return inert(json.dumps(value, default=_as_text, ensure_ascii=False))
+
+
+def age(moment: datetime) -> str:
+    """How long ago a moment was, in its largest unit."""
+    seconds = max(0, int((datetime.now(UTC) - moment).total_seconds()))
+    for size, unit in _UNITS:
+        if seconds >= size:
+            return f"{seconds // size}{unit}"
+    return f"{seconds}s"
+
+
+def _status(status: str, *, cancel_requested: bool = False) -> Text:
+    text = Text(status, style=_STATUS_STYLES.get(status, ""))
+    return text.append(" (cancel requested)", style="magenta") if cancel_requested else text
+
+
+def _table(*columns: str, title: str | None = None) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=title, title_justify="left", title_style="bold")
+    for name in columns:
+        # A cut id is useless: where it does not fit it is folded.
+        keep_whole = name in {"id", "status", "rev", "age", "flows"}
+        table.add_column(
+            name,
+            no_wrap=True,
+            overflow="fold" if keep_whole else "ellipsis",
+            min_width=36 if name == "id" else None,
+            justify="right" if name in {"rev", "age", "flows"} else "left",
+        )
+    return table
+
+
+def flows_table(flows: Iterable[Flow]) -> Table:
+    """One line per flow."""
+    table = _table("id", "status", "age", "step", "owner", "goal")
+    for flow in flows:
+        pending = flow.cancel_requested and not flow.status.is_terminal
+        table.add_row(
+            Text(str(flow.id)),
+            _status(flow.status, cancel_requested=pending),
+            age(flow.updated_at),
+            Text(inert(flow.current_step)),
+            Text(inert(flow.owner_session_key)),
+            Text(inert(flow.goal)),
+        )
+    return table
+
+
+def flow_table(flow: Flow) -> Table:
+    """One flow, attribute by attribute."""
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    document = flow_document(flow)
+    state = document.pop("state")
+    for name, value in document.items():
+        match name, value:
+            case ("status", _):
+                table.add_row(name, _status(value))
+            case (_, None):
+                table.add_row(name, Text("–"))
+            case ("wait", _) | (_, bool()):
+                table.add_row(name, Text(compact(value)))
+            case _:
+                table.add_row(name, Text(inert(_as_text(value))))
+    keyed = state if isinstance(state, dict) and state else {"": state}
+    for key, value in keyed.items():
+        table.add_row("state" + (f".{inert(key)}" if key else ""), Text(compact(value)))
+    return table
+
+
+def steps_table(steps: Sequence[FlowStep]) -> Table:
+    """One line per step."""
+    table = _table("run", "status", "age", "task", "child session", "result", title="steps")
+    for step in steps:
+        table.add_row(
+            Text(inert(step.run_id)),
+            _status(step.status),
+            age(step.updated_at),
+            Text(inert(step.task)),
+            Text(inert(step.child_session_key or "–")),
+            Text(compact(step.result)),
+        )
+    return table
+
+
+def event_line(event: FlowEvent) -> Text:
+    """One audit event on one line."""
+    line = Text(f"{to_rfc3339(event.at)[:-4]}Z  {event.revision:>4}  ", style="dim")
+    line.append(f"{inert(event.kind):<17}", style="bold not dim")
+    return line.append(f"  {compact(event.payload)}", style="not dim")
+
+
+def stats_table(counts: Mapping[FlowStatus, int], oldest: Mapping[FlowStatus, Flow | None]) -> Table:
+    """One line per status."""
+    table = _table("status", "flows", "longest unchanged", "since")
+    for status, count in counts.items():
+        flow = oldest[status]
+        since = "–" if flow is None else f"{age(flow.updated_at)} ago"
+        table.add_row(_status(status), f"{count:,}", "–" if flow is None else str(flow.id), since)
+    table.add_section()
+    table.add_row("total", f"{sum(counts.values()):,}", "", "")
+    return table

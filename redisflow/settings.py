@@ -1,0 +1,44 @@
+"""What both managers are set up with."""
+
+from __future__ import annotations
+
+import attrs
+
+from redisflow.delivery import Policy
+from redisflow.errors import InvalidData
+from redisflow.ops.namespace import DEFAULT_MAX_PAYLOAD_BYTES, Namespace
+
+
+def _positive(_: object, attribute: attrs.Attribute[float], value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+        raise InvalidData(f"{attribute.name} must be a number above 0, not {value!r}")
+
+
+@attrs.frozen(kw_only=True)
+class Settings:
+    """The options of a manager.
+
+    Attributes:
+        prefix: the namespace: 1 to 64 characters of `A-Za-z0-9_.-`.
+        partitions: how many parts a new namespace is spread over; `None` takes what the namespace has, 16 for a
+            new one.
+        deadline_s: seconds for which a call is tried again before it gives up.
+        max_payload_bytes: limit of what one call may store, encoded.
+        max_connections: how many calls may be under way at once; a further one waits.
+        allow_eviction: connect even to a server that may evict flows.
+    """
+
+    prefix: str = "redisflow"
+    partitions: int | None = None
+    deadline_s: float = attrs.field(default=15.0, validator=_positive)
+    max_payload_bytes: int = attrs.field(default=DEFAULT_MAX_PAYLOAD_BYTES, validator=_positive)
+    max_connections: int = attrs.field(default=50, validator=_positive)
+    allow_eviction: bool = False
+
+    def namespace(self) -> Namespace:
+        """The namespace these options name."""
+        return Namespace(self.prefix, self.partitions, self.max_payload_bytes)
+
+    def policy(self, *, real_server: bool) -> Policy:
+        """How calls are delivered under these options."""
+        return Policy(self.deadline_s, plain_scripts=not real_server)
