@@ -8,12 +8,13 @@
 --       4 flow_id
 --       5 revision, 6 etag the flow must have; '' for any
 --       7 held_etag       etag of the caller's copy, '' for none
---       8 kind            9 payload of the event
---      10 sources         statuses it may start from, each between spaces
---      11 target          status it leads to, '' for the same
---      12 terminal        the terminal statuses, each between spaces
---      13 when_pending    refuse | allow | ignore, where a cancel is pending
---      14 when_terminal   refuse | ignore
+--       8 kind            of the event
+--       9 sources         statuses it may start from, each between spaces
+--      10 target          status it leads to, '' for the same
+--      11 terminal        the terminal statuses, each between spaces
+--      12 when_pending    refuse | allow | ignore, where a cancel is pending
+--      13 when_terminal   refuse | ignore
+--      14 payload         of the event
 --      15 merge           what becomes of the state: '' nothing | patch | replace
 --      16 due_at          microseconds: when an engine must look at the new wait, '' for never
 --      17 waiter          '<topic>\0<correlation_id>\0' of the new wait, '' for none
@@ -31,7 +32,7 @@ local status_keys = {
   finished = KEYS[8], failed = KEYS[9], cancelled = KEYS[10],
 }
 local op, span_ms, deep, flow_id, expected_revision, expected_etag, held_etag = unpack(ARGV, 1, 7)
-local kind, payload, sources, target, terminal, when_pending, when_terminal = unpack(ARGV, 8, 14)
+local kind, sources, target, terminal, when_pending, when_terminal, payload = unpack(ARGV, 8, 14)
 local merge, due_at, waiter, wake, stamp_field, stamp_head, stamp_tail = unpack(ARGV, 15, 21)
 local n_unset, n_increment = tonumber(ARGV[22]), tonumber(ARGV[23])
 local increments_from = 24 + n_unset

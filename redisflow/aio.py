@@ -15,14 +15,13 @@ from uuid import UUID
 import redis.asyncio
 
 from redisflow.aio_wire import AsyncWire
-from redisflow.calls import Block, Lost, Op, Packet
-from redisflow.connection import Endpoint, endpoint_of, url_of
+from redisflow.calls import Block, Lost, Op, Packet, Pages, T
+from redisflow.connection import Endpoint, endpoint_of, require_client, url_of
 from redisflow.delivery import deliver
-from redisflow.errors import InvalidData, StorageError
-from redisflow.flow import Flow, FlowEvent, FlowStatus, FlowStep, StepObservation, StepRuntime
-from redisflow.manager import AnyWait, FlowRef, Pages, T
-from redisflow.ops import changes, follow, reads, records, upkeep
+from redisflow.flow import Flow, FlowEvent, FlowRef, FlowStatus, FlowStep, StepObservation, StepRuntime
+from redisflow.ops import changes, creation, follow, reads, records, rewriting, upkeep
 from redisflow.settings import Settings
+from redisflow.waits import AnyWait
 
 
 class AsyncFlowManager:
@@ -33,11 +32,9 @@ class AsyncFlowManager:
     by the caller beforehand, settles it. Otherwise as `FlowManager`.
     """
 
-    def __init__(self, client: redis.asyncio.Redis, prefix: str = "redisflow", **options: Any) -> None:  # noqa: ANN401
+    def __init__(self, client: redis.asyncio.Redis, prefix: str = "redisflow", **options: Any) -> None:
         """Use the server of a `redis.asyncio.Redis`, as `FlowManager` does that of a `redis.Redis`."""
-        if not isinstance(client, redis.asyncio.Redis):
-            kind = f"{type(client).__module__}.{type(client).__name__}"
-            raise InvalidData(f"AsyncFlowManager takes a redis.asyncio.Redis, not {kind}")
+        require_client("AsyncFlowManager", redis.asyncio.Redis, client)
 
         async def endpoint() -> Endpoint:
             return Endpoint.of_client(client)
@@ -45,7 +42,7 @@ class AsyncFlowManager:
         self._set_up(endpoint, Settings(prefix=prefix, **options))
 
     @classmethod
-    def from_url(cls, url: str | None = None, *, prefix: str = "redisflow", **options: Any) -> Self:  # noqa: ANN401
+    def from_url(cls, url: str | None = None, *, prefix: str = "redisflow", **options: Any) -> Self:
         """Use the server at a URL, as `FlowManager.from_url` does."""
         checked = url_of(url)
 
@@ -55,42 +52,45 @@ class AsyncFlowManager:
             return endpoint_of(checked, is_async=True)
 
         manager = cls.__new__(cls)
-        manager._set_up(endpoint, Settings(prefix=prefix, **options))
+        manager._set_up(endpoint, Settings(prefix=prefix, **options))  # noqa: SLF001 - the other constructor
         return manager
 
     def _set_up(self, endpoint: Callable[[], Any], settings: Settings) -> None:
         self._endpoint = endpoint
         self._settings = settings
-        self._ns = settings.namespace()
+        self.namespace = settings.namespace()
         self._wire: AsyncWire | None = None
         self._connecting: asyncio.Lock | None = None
 
     # --- carrying out operations ---
 
-    async def _run(self, op: Op) -> Any:  # noqa: ANN401 - what the operation returns
+    async def perform(self, op: Op[T]) -> T:
+        """Carry out an operation of `redisflow.ops`, and return what it returns."""
         return await self._drive(self._wire or await self.connect(), op)
 
-    async def _drive(self, wire: AsyncWire, op: Op) -> Any:  # noqa: ANN401 - what the operation returns
+    async def _drive(self, wire: AsyncWire, op: Op[T]) -> T:
         steps = deliver(op, self._policy)
         try:
             step = next(steps)
             while True:
                 try:
-                    if type(step) is Packet:
-                        reply = await wire.exchange(step)
-                    elif type(step) is Block:
+                    if isinstance(step, Packet):
+                        reply: Any = await wire.exchange(step)
+                    elif isinstance(step, Block):
                         reply = await wire.block(step)
                     else:
-                        reply = await wire.pause(step.seconds)
+                        await wire.pause(step.seconds)
+                        reply = None
                 except Lost as lost:
                     step = steps.throw(lost)
                 else:
                     step = steps.send(reply)
         except StopIteration as stop:
-            return stop.value
+            result: T = stop.value
+            return result
 
     async def _pages(self, pages: Pages[T]) -> AsyncIterator[T]:
-        while (page := await self._run(pages.next_page())) is not None:
+        while (page := await self.perform(pages.next_page())) is not None:
             for item in page:
                 yield item
 
@@ -98,27 +98,24 @@ class AsyncFlowManager:
         """Connect and check the server and the namespace now; otherwise the first use does."""
         if self._connecting is None:
             self._connecting = asyncio.Lock()
-        try:
-            async with self._connecting:
-                if self._wire is None:
-                    endpoint = await self._endpoint()
-                    settings = self._settings
-                    wire = AsyncWire(
-                        endpoint, max_connections=settings.max_connections, acquire_timeout_s=settings.deadline_s
-                    )
-                    self._policy = settings.policy(real_server=endpoint.real_server)
-                    check = upkeep.connect(
-                        self._ns, real_server=endpoint.real_server, allow_eviction=settings.allow_eviction
-                    )
-                    try:
-                        await self._drive(wire, check)
-                    except BaseException:
-                        await wire.close()
-                        raise
-                    self._wire = wire
-                return self._wire
-        except RuntimeError as error:  # the lock belongs to another event loop
-            raise StorageError(str(error)) from error
+        async with self._connecting:
+            if self._wire is None:
+                endpoint = await self._endpoint()
+                settings = self._settings
+                wire = AsyncWire(
+                    endpoint, max_connections=settings.max_connections, acquire_timeout_s=settings.deadline_s
+                )
+                self._policy = settings.policy(real_server=endpoint.real_server)
+                check = upkeep.connect(
+                    self.namespace, real_server=endpoint.real_server, allow_eviction=settings.allow_eviction
+                )
+                try:
+                    await self._drive(wire, check)
+                except BaseException:
+                    await wire.close()
+                    raise
+                self._wire = wire
+            return self._wire
 
     async def aclose(self) -> None:
         """Close the connections. The next use opens new ones, in whatever event loop it happens."""
@@ -143,13 +140,27 @@ class AsyncFlowManager:
         owner_session_key: str,
         requester_origin: str,
         current_step: str = "init",
-        state: Any = None,  # noqa: ANN401 - the caller's
+        state: Any = None,
         flow_id: UUID | str | None = None,
         exist_ok: bool = False,
         op_id: str | None = None,
     ) -> Flow:
         """Create a flow: status created, revision 0."""
-        return await self._run(changes.create(self._ns, mirrored=False, controller_id=controller_id, goal=goal, owner_session_key=owner_session_key, requester_origin=requester_origin, current_step=current_step, state=state, flow_id=flow_id, exist_ok=exist_ok, op_id=op_id))
+        return await self.perform(
+            creation.create(
+                self.namespace,
+                mirrored=False,
+                controller_id=controller_id,
+                goal=goal,
+                owner_session_key=owner_session_key,
+                requester_origin=requester_origin,
+                current_step=current_step,
+                state=state,
+                flow_id=flow_id,
+                exist_ok=exist_ok,
+                op_id=op_id,
+            )
+        )
 
     async def create_mirrored(
         self,
@@ -159,81 +170,107 @@ class AsyncFlowManager:
         owner_session_key: str,
         requester_origin: str,
         current_step: str = "init",
-        state: Any = None,  # noqa: ANN401 - the caller's
+        state: Any = None,
         flow_id: UUID | str | None = None,
         exist_ok: bool = False,
         op_id: str | None = None,
     ) -> Flow:
         """Create a flow for work that already runs elsewhere: status running, revision 1, two events."""
-        return await self._run(changes.create(self._ns, mirrored=True, controller_id=controller_id, goal=goal, owner_session_key=owner_session_key, requester_origin=requester_origin, current_step=current_step, state=state, flow_id=flow_id, exist_ok=exist_ok, op_id=op_id))
+        return await self.perform(
+            creation.create(
+                self.namespace,
+                mirrored=True,
+                controller_id=controller_id,
+                goal=goal,
+                owner_session_key=owner_session_key,
+                requester_origin=requester_origin,
+                current_step=current_step,
+                state=state,
+                flow_id=flow_id,
+                exist_ok=exist_ok,
+                op_id=op_id,
+            )
+        )
 
     # --- reading ---
 
     async def get(self, flow_id: FlowRef) -> Flow | None:
         """Read one flow; `None` if there is none."""
-        return await self._run(reads.get(self._ns, flow_id))
+        return await self.perform(reads.get(self.namespace, flow_id))
 
     async def get_many(self, flow_ids: Iterable[FlowRef]) -> list[Flow | None]:
         """Read flows by id, in the order given; `None` for each there is not."""
-        return await self._run(reads.get_many(self._ns, flow_ids))
+        return await self.perform(reads.get_many(self.namespace, flow_ids))
 
     async def list_by_owner(self, owner: str, *, limit: int | None = None) -> list[Flow]:
         """The flows of an owner, newest first. A damaged flow is left out and logged."""
-        return await self._run(reads.list_flows(reads.Listing(self._ns, owner=owner, limit=limit)))
+        return await self.perform(reads.list_flows(reads.Listing(self.namespace, owner=owner, limit=limit)))
 
     async def list_by_status(
         self, status: FlowStatus | str, *, limit: int | None = None, updated_before: datetime | None = None
     ) -> list[Flow]:
         """The flows in a status, the longest unchanged first. A damaged flow is left out and logged."""
-        return await self._run(reads.list_flows(reads.Listing(self._ns, status=status, limit=limit, updated_before=updated_before)))
+        return await self.perform(
+            reads.list_flows(reads.Listing(self.namespace, status=status, limit=limit, updated_before=updated_before))
+        )
 
     def iter_by_owner(self, owner: str, *, page: int = 500) -> AsyncIterator[Flow]:
         """Every flow of an owner, newest first, `page` at a time in memory."""
-        return self._pages(reads.Listing(self._ns, owner=owner, page=page))
+        return self._pages(reads.Listing(self.namespace, owner=owner, page=page))
 
     def iter_by_status(
         self, status: FlowStatus | str, *, page: int = 500, updated_before: datetime | None = None
     ) -> AsyncIterator[Flow]:
         """Every flow in a status, the longest unchanged first, `page` at a time in memory."""
-        return self._pages(reads.Listing(self._ns, status=status, page=page, updated_before=updated_before))
+        return self._pages(reads.Listing(self.namespace, status=status, page=page, updated_before=updated_before))
 
     async def count_by_status(self) -> dict[FlowStatus, int]:
         """How many flows are in each status."""
-        return await self._run(reads.count_by_status(self._ns))
+        return await self.perform(reads.count_by_status(self.namespace))
 
     # --- the lifecycle ---
 
-    async def start_running(self, flow: FlowRef, *, expected_revision: int | None = None, op_id: str | None = None) -> Flow:
+    async def start_running(
+        self, flow: FlowRef, *, expected_revision: int | None = None, op_id: str | None = None
+    ) -> Flow:
         """Created or waiting → running."""
-        return await self._run(changes.start_running(self._ns, flow, expected_revision=expected_revision, op_id=op_id))
+        return await self.perform(
+            changes.start_running(self.namespace, flow, expected_revision=expected_revision, op_id=op_id)
+        )
 
     async def set_waiting(
         self, flow: FlowRef, wait: AnyWait, *, expected_revision: int | None = None, op_id: str | None = None
     ) -> Flow:
         """Running → waiting, for a Timer, an ExternalEvent, a Manual, or a mapping of another kind."""
-        return await self._run(changes.set_waiting(self._ns, flow, wait, expected_revision=expected_revision, op_id=op_id))
+        return await self.perform(
+            changes.set_waiting(self.namespace, flow, wait, expected_revision=expected_revision, op_id=op_id)
+        )
 
     async def resume(
         self,
         flow: FlowRef,
-        state_patch: Any = None,  # noqa: ANN401 - the caller's
+        state_patch: Any = None,
         *,
         expected_revision: int | None = None,
         op_id: str | None = None,
     ) -> Flow:
         """Waiting → running, the wait cleared and the patch merged into the state."""
-        return await self._run(changes.resume(self._ns, flow, state_patch, expected_revision=expected_revision, op_id=op_id))
+        return await self.perform(
+            changes.resume(self.namespace, flow, state_patch, expected_revision=expected_revision, op_id=op_id)
+        )
 
     async def finish(
         self,
         flow: FlowRef,
-        final_state: Any = None,  # noqa: ANN401 - the caller's
+        final_state: Any = None,
         *,
         expected_revision: int | None = None,
         op_id: str | None = None,
     ) -> Flow:
         """Running → finished, the patch merged into the state."""
-        return await self._run(changes.finish(self._ns, flow, final_state, expected_revision=expected_revision, op_id=op_id))
+        return await self.perform(
+            changes.finish(self.namespace, flow, final_state, expected_revision=expected_revision, op_id=op_id)
+        )
 
     async def fail(
         self, flow: FlowRef, reason: str, *, expected_revision: int | None = None, op_id: str | None = None
@@ -243,20 +280,28 @@ class AsyncFlowManager:
         Raises:
             FlowNotFound, RevisionMismatch, AlreadyTerminal, CancelPending, IllegalTransition: in this order.
         """
-        return await self._run(changes.fail(self._ns, flow, reason, expected_revision=expected_revision, op_id=op_id))
+        return await self.perform(
+            changes.fail(self.namespace, flow, reason, expected_revision=expected_revision, op_id=op_id)
+        )
 
-    async def request_cancel(self, flow: FlowRef, *, expected_revision: int | None = None, op_id: str | None = None) -> Flow:
+    async def request_cancel(
+        self, flow: FlowRef, *, expected_revision: int | None = None, op_id: str | None = None
+    ) -> Flow:
         """Set the sticky cancel flag: from now on only `cancel` goes through."""
-        return await self._run(changes.request_cancel(self._ns, flow, expected_revision=expected_revision, op_id=op_id))
+        return await self.perform(
+            changes.request_cancel(self.namespace, flow, expected_revision=expected_revision, op_id=op_id)
+        )
 
     async def cancel(self, flow: FlowRef, *, expected_revision: int | None = None, op_id: str | None = None) -> Flow:
         """Created, running or waiting → cancelled, whether or not it was requested."""
-        return await self._run(changes.cancel(self._ns, flow, expected_revision=expected_revision, op_id=op_id))
+        return await self.perform(
+            changes.cancel(self.namespace, flow, expected_revision=expected_revision, op_id=op_id)
+        )
 
     async def update_state(
         self,
         flow: FlowRef,
-        patch: Any = None,  # noqa: ANN401 - the caller's
+        patch: Any = None,
         *,
         next_step: str | None = None,
         increment: Mapping[str, int] | None = None,
@@ -265,19 +310,34 @@ class AsyncFlowManager:
         op_id: str | None = None,
     ) -> Flow:
         """Merge into the state and move the step, in any live status; the status stays."""
-        return await self._run(changes.update_state(self._ns, flow, patch, next_step=next_step, increment=increment, unset=unset, expected_revision=expected_revision, op_id=op_id))
+        return await self.perform(
+            changes.update_state(
+                self.namespace,
+                flow,
+                patch,
+                next_step=next_step,
+                increment=increment,
+                unset=unset,
+                expected_revision=expected_revision,
+                op_id=op_id,
+            )
+        )
 
     async def update_and_append(
         self,
         flow: Flow,
         kind: str,
-        payload: Any = None,  # noqa: ANN401 - the caller's
+        payload: Any = None,
         *,
         expected_revision: int | None = None,
         op_id: str | None = None,
     ) -> tuple[Flow, FlowEvent]:
         """Write step, state, status, wait and cancel flag of `flow`, if it is still the stored version."""
-        return await self._run(changes.update_and_append(self._ns, flow, kind, payload, expected_revision=expected_revision, op_id=op_id))
+        return await self.perform(
+            rewriting.update_and_append(
+                self.namespace, flow, kind, payload, expected_revision=expected_revision, op_id=op_id
+            )
+        )
 
     async def mutate(
         self,
@@ -285,13 +345,24 @@ class AsyncFlowManager:
         fn: Callable[[Flow], Flow],
         *,
         kind: str,
-        payload: Any = None,  # noqa: ANN401 - the caller's
+        payload: Any = None,
         retries: int = 8,
         expected_revision: int | None = None,
         op_id: str | None = None,
     ) -> Flow:
         """Read, apply `fn`, compare and write; again from the read, up to `retries` times, when another writer won."""
-        return await self._run(changes.mutate(self._ns, flow_id, fn, kind=kind, payload=payload, retries=retries, expected_revision=expected_revision, op_id=op_id))
+        return await self.perform(
+            rewriting.mutate(
+                self.namespace,
+                flow_id,
+                fn,
+                kind=kind,
+                payload=payload,
+                retries=retries,
+                expected_revision=expected_revision,
+                op_id=op_id,
+            )
+        )
 
     # --- records ---
 
@@ -299,21 +370,25 @@ class AsyncFlowManager:
         self,
         flow_id: FlowRef,
         kind: str,
-        payload: Any = None,  # noqa: ANN401 - the caller's
+        payload: Any = None,
         *,
         expected_revision: int | None = None,
         op_id: str | None = None,
     ) -> FlowEvent:
         """Append an audit entry alone, whatever the status; the revision stays."""
-        return await self._run(records.append_event(self._ns, flow_id, kind, payload, expected_revision=expected_revision, op_id=op_id))
+        return await self.perform(
+            records.append_event(
+                self.namespace, flow_id, kind, payload, expected_revision=expected_revision, op_id=op_id
+            )
+        )
 
     async def list_events(self, flow_id: FlowRef, limit: int | None = 100) -> list[FlowEvent]:
         """The last `limit` events, newest first; none for a limit below 1, all for `None`."""
-        return await self._run(records.list_events(self._ns, flow_id, limit))
+        return await self.perform(records.list_events(self.namespace, flow_id, limit))
 
     def iter_events(self, flow_id: FlowRef, *, after: str | None = None) -> AsyncIterator[FlowEvent]:
         """Every event, oldest first; with `after`, those behind that event id."""
-        return self._pages(records.Trail(self._ns, flow_id, after))
+        return self._pages(records.Trail(self.namespace, flow_id, after))
 
     async def record_step_observation(
         self,
@@ -324,32 +399,45 @@ class AsyncFlowManager:
         op_id: str | None = None,
     ) -> FlowStep:
         """Insert or update the step `(flow_id, run_id)`, whatever the flow's status; the revision stays."""
-        return await self._run(records.record_step_observation(self._ns, observation, runtime=runtime, expected_revision=expected_revision, op_id=op_id))
+        return await self.perform(
+            records.record_step_observation(
+                self.namespace, observation, runtime=runtime, expected_revision=expected_revision, op_id=op_id
+            )
+        )
 
     async def list_steps(self, flow_id: FlowRef) -> list[FlowStep]:
         """Every step of a flow, oldest first."""
-        return await self._run(records.list_steps(self._ns, flow_id))
+        return await self.perform(records.list_steps(self.namespace, flow_id))
 
     async def find_step_by_run_id(self, flow_id: FlowRef, run_id: str) -> FlowStep | None:
         """One step of a flow; `None` if that run was never observed."""
-        return await self._run(records.find_step_by_run_id(self._ns, flow_id, run_id))
+        return await self.perform(records.find_step_by_run_id(self.namespace, flow_id, run_id))
 
     # --- following ---
 
-    def watch(self, flow_id: FlowRef, *, after: str | None = None, timeout: float | None = None) -> AsyncIterator[FlowEvent]:
+    def watch(
+        self, flow_id: FlowRef, *, after: str | None = None, timeout: float | None = None
+    ) -> AsyncIterator[FlowEvent]:
         """Yield events as they happen, on a connection of its own; ends at the one that ends the flow."""
-        return self._pages(follow.Watch(self._ns, flow_id, after, timeout))
+        return self._pages(follow.Watch(self.namespace, flow_id, after, timeout))
 
-    async def wait_for(self, flow_id: FlowRef, *statuses: FlowStatus | str, timeout: float | None = None) -> Flow:
+    async def wait_for(
+        self,
+        flow_id: FlowRef,
+        *statuses: FlowStatus | str,
+        timeout: float | None = None,  # noqa: ASYNC109 - the sync manager has it too
+    ) -> Flow:
         """Wait until the flow is in one of `statuses`; by default, until it has ended."""
-        return await self._run(follow.wait_for(self._ns, flow_id, statuses, timeout))
+        return await self.perform(follow.wait_for(self.namespace, flow_id, statuses, timeout))
 
     # --- upkeep ---
 
     async def delete(self, flow_id: FlowRef, *, expected_revision: int | None = None, op_id: str | None = None) -> bool:
         """Delete a flow, live or not, with every key of its. Returns whether there was one."""
-        return await self._run(upkeep.delete(self._ns, flow_id, expected_revision=expected_revision, op_id=op_id))
+        return await self.perform(
+            upkeep.delete(self.namespace, flow_id, expected_revision=expected_revision, op_id=op_id)
+        )
 
     async def prune_terminal_flows(self, older_than: timedelta) -> int:
         """Delete ended flows that have not changed for `older_than`, never a live one. Returns how many."""
-        return await self._run(upkeep.prune_terminal_flows(self._ns, older_than))
+        return await self.perform(upkeep.prune_terminal_flows(self.namespace, older_than))

@@ -12,7 +12,7 @@ from redis import exceptions as client_errors
 
 from redisflow.calls import Block, Lost, Packet, Reply
 from redisflow.errors import StorageError
-from redisflow.wire import no_reply, not_sent, refusal_of, refused_all, xread
+from redisflow.wire import no_reply, not_sent, packed, refusal_of, refused_all, xread
 
 if TYPE_CHECKING:
     from redisflow.connection import Endpoint
@@ -57,16 +57,15 @@ class AsyncWire:
         finally:
             self._slots.release()
 
-    async def block(self, block: Block) -> Reply:
-        """Wait for entries of a stream.
+    async def block(self, block: Block) -> list[Reply]:
+        """Wait for entries of a stream; one reply.
 
         Raises:
             Lost: the connection failed.
         """
         self._require_own_loop()
         command = xread(block, self._endpoint.socket_timeout_s)
-        (reply,) = await self._exchange_over(self._idle_blocking, [command])
-        return reply
+        return await self._exchange_over(self._idle_blocking, [command])
 
     async def pause(self, seconds: float) -> None:
         """Sleep."""
@@ -104,7 +103,7 @@ class AsyncWire:
         return replies
 
 
-async def _roundtrip(connection: Any, commands: Sequence[Sequence[bytes]]) -> list[Reply]:  # noqa: ANN401 - redis-py's
+async def _roundtrip(connection: Any, commands: Sequence[Sequence[bytes]]) -> list[Reply]:
     try:
         await connection.connect()  # does nothing when it is
     except (client_errors.RedisError, OSError) as error:
@@ -113,7 +112,7 @@ async def _roundtrip(connection: Any, commands: Sequence[Sequence[bytes]]) -> li
         raise not_sent(error) from error
     replies: list[Reply] = []
     try:
-        await connection.send_packed_command(connection.pack_commands(commands))
+        await connection.send_packed_command(packed(commands))
         for _ in commands:
             try:
                 replies.append(await connection.read_response(disable_decoding=True))

@@ -7,11 +7,13 @@ the reply, or with the error thrown in. It knows no client; `delivery` turns its
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 import attrs
 
 if TYPE_CHECKING:
+    from uuid import UUID
+
     from redisflow.keys import Partition
     from redisflow.scripts import Script
 
@@ -25,15 +27,20 @@ class Call:
     Attributes:
         args: its ARGV; those of a changing operation begin with op, span_ms, deep.
         op_id: the operation's id; empty where running it twice is the same as once.
-        subject: what it is about, for errors: "flow <id>".
+        flow_id: the flow it is about.
     """
 
     script: Script
     slot: int
     keys: Sequence[bytes]
     args: Sequence[bytes]
-    subject: str
+    flow_id: UUID
     op_id: str = ""
+
+    @property
+    def subject(self) -> str:
+        """What it is about, for errors."""
+        return f"flow {self.flow_id}"
 
     def args_after(self, span_ms: int) -> Sequence[bytes]:
         """The ARGV of a resend whose first attempt was `span_ms` milliseconds ago."""
@@ -85,13 +92,22 @@ class Pause:
 
 
 Yielded = Call | Batch | Read | Block | Pause
-Op = Generator[Yielded, Any, Any]
+T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
+Op = Generator[Any, Any, T]
 
 
 def command(partition: Partition | None, *args: bytes | int) -> Command:
     """Build a plain command for a partition's node."""
     encoded = tuple(b"%d" % arg if isinstance(arg, int) else arg for arg in args)
     return Command(None if partition is None else partition.slot, encoded)
+
+
+class Pages(Protocol[T_co]):
+    """Something read page by page."""
+
+    def next_page(self) -> Op[Sequence[T_co] | None]:
+        """Yield the calls for the next page; return its items, `None` after the last."""
 
 
 # --- between delivery and the wires --------------------------------------------------------------------
@@ -117,7 +133,7 @@ class Refusal:
     message: str
 
 
-class Lost(Exception):  # noqa: N818 - an event, not an error of ours
+class Lost(Exception):
     """No reply came; the client's own error is the `__cause__`.
 
     Attributes:

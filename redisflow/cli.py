@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.metadata
+import io
 import itertools
 import json
+import logging
 import os
 import re
 import signal
 import sys
 import threading
+import warnings
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
     from types import FrameType
 
     from redisflow.flow import Flow, FlowEvent
+    from redisflow.ops.waits import Tick
 
 _REFUSED, _BAD_INPUT, _NOT_FOUND, _STORAGE, _VERIFICATION = 1, 2, 3, 4, 5
 _INTERRUPTED, _OUTPUT_CLOSED = 128 + signal.SIGINT, 128 + signal.SIGPIPE
@@ -58,7 +61,7 @@ Exit codes:
     1  refused: the flow has ended, has a cancel pending, or moved on
     2  wrong usage, or data that makes no sense
     3  there is no such flow
-    4  storage: the server cannot be reached, or refuses
+    4  storage: the server cannot be reached or refuses, or the output cannot be written
     5  the demo's verification found something off
   130  interrupted
   141  nobody reads the output any more
@@ -66,7 +69,6 @@ Exit codes:
 --json prints one JSON document (events: one a line), times as RFC 3339 and bytes as base64 text.
 """
 _CALL_DEADLINE_S = 5.0  # somebody is waiting at the prompt
-_ENGINE_DEADLINE_S = 15.0
 _RECENT_EVENTS = 10
 _PROBLEMS_SHOWN = 20
 _UNIT_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
@@ -74,8 +76,7 @@ _UNIT_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
 
 def run(arguments: Sequence[str] | None = None) -> int:
     """Run one command. Returns the exit code; whatever a user can get wrong is one line on standard error."""
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # text streams, all of them
+    _prepare_output()
     try:
         outcome = redisflow.main(arguments, prog_name="redisflow", standalone_mode=False)
         sys.stdout.flush()
@@ -86,11 +87,24 @@ def run(arguments: Sequence[str] | None = None) -> int:
         return _complain(str(error), exit_code(error))
     except (KeyboardInterrupt, click.Abort):
         return _INTERRUPTED
-    except BrokenPipeError:
+    except OSError as error:
         # What is left in the buffer would be written, and complained about, once more at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return _OUTPUT_CLOSED
+        if isinstance(error, BrokenPipeError):
+            return _OUTPUT_CLOSED
+        return _complain(str(error), _STORAGE)
     return outcome if isinstance(outcome, int) else 0
+
+
+def _prepare_output() -> None:
+    """Make what is printed safe to print, and warnings one line like errors."""
+    if sys.stdout is None:  # closed by whoever started us
+        sys.stdout = Path(os.devnull).open("w")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    logging.basicConfig(format="Warning: %(message)s", level=logging.WARNING)
+    warnings.showwarning = lambda message, *_args, **_options: click.echo(f"Warning: {message}", err=True)
 
 
 def exit_code(error: FlowError) -> int:
@@ -271,9 +285,7 @@ def _print_events(events: Iterable[FlowEvent], *, as_json: bool) -> None:
 @_expected_revision_option
 @_json_option
 @click.pass_obj
-def cancel_flow(
-    server: Server, flow_id: UUID, *, request: bool, expected_revision: int | None, as_json: bool
-) -> None:
+def cancel_flow(server: Server, flow_id: UUID, *, request: bool, expected_revision: int | None, as_json: bool) -> None:
     """Cancel a flow, whatever it is doing."""
     with server.connect() as flows:
         verb = flows.request_cancel if request else flows.cancel
@@ -359,23 +371,44 @@ def run_engine(server: Server, interval: float, *, as_json: bool) -> None:
 
     Ends with exit code 0 on SIGINT or SIGTERM. Any number may run at once.
     """
+    with server.connect() as flows:
+        stop = _stop_on_signal()
+        engine = _TallyingEngine(flows)
+        click.echo("running; Ctrl-C ends it", err=True)
+        engine.run(interval, stop)
+        tally = engine.tally
+    if as_json:
+        click.echo(render.to_json(tally))
+    else:
+        click.echo(", ".join(f"{what} {count}" for what, count in tally.items()))
+
+
+def _stop_on_signal() -> threading.Event:
+    """Return an event that the first SIGINT or SIGTERM sets; the second ends the process."""
     stop = threading.Event()
 
-    def end(_signal: int, _frame: FrameType | None) -> None:
-        # Not set() here: a signal may arrive while this very thread holds the event's lock.
+    def end(number: int, _frame: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        # Not set() here: the signal may have come while this very thread holds the event's lock.
         threading.Thread(target=stop.set).start()
 
     signal.signal(signal.SIGINT, end)
     signal.signal(signal.SIGTERM, end)
-    with server.connect(deadline_s=_ENGINE_DEADLINE_S) as flows:
-        engine = CountingEngine(flows)
-        click.echo("running; Ctrl-C ends it", err=True)
-        engine.run(interval, stop)
-    if as_json:
-        click.echo(render.to_json(attrs.asdict(engine.total)))
-    else:
-        done = engine.total
-        click.echo(f"resumed {done.resumed} flows, cancelled {done.cancelled}, {done.errors} errors")
+    return stop
+
+
+class _TallyingEngine(WaitEngine):
+    """A wait engine that can say in the end what it did."""
+
+    def __init__(self, flows: FlowManager) -> None:
+        super().__init__(flows)
+        self.tally = {"resumed": 0, "cancelled": 0, "errors": 0}
+
+    def _tick(self, now: datetime | None = None) -> Tick:
+        tick = super()._tick(now)
+        for what in self.tally:
+            self.tally[what] += getattr(tick.report, what)
+        return tick
 
 
 @redisflow.command("demo")

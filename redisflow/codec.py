@@ -29,41 +29,40 @@ WHOLE_STATE: Final = b"s"
 STATE_PREFIX: Final = b"s:"
 
 
-class _Refused(Exception):  # noqa: N818 - never leaves this module
+class _Refused(Exception):
     """What is wrong with a value, and the path to it."""
 
 
-def _plain(value: Any, room: int) -> Any:  # noqa: ANN401, PLR0911 - any value; one return per type
+def _plain(value: Any, room: int) -> Any:  # noqa: PLR0911 - one case and return per type
     """Return `value` made of nothing but types that msgpack carries there and back."""
     match value:
-        case None | bool() | bytes():
-            return value
         case str():
             return _text(value)
+        case None | bool() | bytes():
+            return value
         case int():
             if INT64_MIN <= value <= INT64_MAX:
                 return int(value)
             raise _Refused("an integer beyond 64 bits")
         case float():
             if math.isfinite(value):
-                return value
+                return float(value)
             raise _Refused(f"{value}, which is not a finite number")
-        case datetime():
-            return _instant(value)
-        case Mapping() | list() | tuple() if room == 0:
-            raise _Refused(f"nesting deeper than {MAX_DEPTH} levels")
-        case Mapping():
+        case dict() | Mapping():
             return {_key(key): _inside(repr(key), item, room - 1) for key, item in value.items()}
         case list() | tuple():
             return [_inside(index, item, room - 1) for index, item in enumerate(value)]
+        case datetime():
+            return _instant(value)
     raise _Refused(f"a {type(value).__name__}, which cannot be stored")
 
 
 def _text(value: str) -> str:
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise _Refused("text with a lone surrogate") from None
+    if not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise _Refused("text with a lone surrogate") from None
     return value
 
 
@@ -81,7 +80,9 @@ def _instant(value: datetime) -> datetime:
     return value
 
 
-def _inside(where: object, value: Any, room: int) -> Any:  # noqa: ANN401 - any value
+def _inside(where: object, value: Any, room: int) -> Any:
+    if room < 0:
+        raise _Refused(f"nesting deeper than {MAX_DEPTH} levels")
     try:
         return _plain(value, room)
     except _Refused as refused:
@@ -89,48 +90,49 @@ def _inside(where: object, value: Any, room: int) -> Any:  # noqa: ANN401 - any 
         raise _Refused(reason, where, *path) from None
 
 
-def _checked(what: str, value: Any, *, extra_depth: int = 0) -> Any:  # noqa: ANN401 - any value
+def plain(what: str, value: Any) -> Any:
+    """Return `value` made of nothing but types that msgpack carries there and back.
+
+    Args:
+        what: what the value is, for the error.
+        value: None, bool, int of 64 bits, finite float, str, bytes, list, tuple, mapping with str keys, aware
+            datetime.
+
+    Raises:
+        InvalidData: anything else, or more than 64 levels of nesting; the message says where.
+    """
     try:
-        return _plain(value, MAX_DEPTH + extra_depth)
+        return _plain(value, MAX_DEPTH)
     except _Refused as refused:
         reason, *path = refused.args
         where = "".join(f"[{step}]" for step in path)
         raise InvalidData(f"{what}{where} holds {reason}") from None
 
 
-def pack(what: str, value: Any, *, extra_depth: int = 0) -> bytes:  # noqa: ANN401 - any value
-    """Encode a value as msgpack, integers included.
-
-    Args:
-        what: what the value is, for the error.
-        value: None, bool, int of 64 bits, finite float, str, bytes, list, tuple, mapping with str keys, aware
-            datetime.
-        extra_depth: levels this library itself puts around the caller's value.
-
-    Raises:
-        InvalidData: anything else, or more than 64 levels of nesting; the message says where.
-    """
-    packed: bytes = msgpack.packb(_checked(what, value, extra_depth=extra_depth), datetime=True)
+def pack_plain(value: Any) -> bytes:
+    """Encode a plain value as msgpack, integers included."""
+    packed: bytes = msgpack.packb(value, datetime=True)
     return packed
 
 
-def encode(what: str, value: Any, *, extra_depth: int = 0) -> bytes:  # noqa: ANN401 - any value
-    """Encode the value of one field: integers as decimal text, all else as msgpack."""
-    if type(value) is int and INT64_MIN <= value <= INT64_MAX:
+def encode_plain(value: Any) -> bytes:
+    """Encode a plain value as one field: integers as decimal text, all else as msgpack."""
+    if isinstance(value, int) and not isinstance(value, bool):
         return b"%d" % value
-    plain = _checked(what, value, extra_depth=extra_depth)
-    if isinstance(plain, int) and not isinstance(plain, bool):
-        return b"%d" % plain
-    packed: bytes = msgpack.packb(plain, datetime=True)
-    return packed
+    return pack_plain(value)
 
 
-def _no_extension(code: int, _: bytes) -> Any:  # noqa: ANN401 - never returns
+def pack(what: str, value: Any) -> bytes:
+    """Check a value and encode it as msgpack. Raises InvalidData as `plain` does."""
+    return pack_plain(plain(what, value))
+
+
+def _no_extension(code: int, _: bytes) -> Any:
     msg = f"unknown extension type {code}"
     raise ValueError(msg)
 
 
-def unpack(packed: bytes) -> Any:  # noqa: ANN401 - any value
+def unpack(packed: bytes) -> Any:
     """Decode msgpack. Raises ValueError for bytes that make no sense."""
     try:
         return msgpack.unpackb(packed, timestamp=3, ext_hook=_no_extension, strict_map_key=True)
@@ -138,7 +140,7 @@ def unpack(packed: bytes) -> Any:  # noqa: ANN401 - any value
         raise ValueError(str(error) or type(error).__name__) from error
 
 
-def decode(encoded: bytes) -> Any:  # noqa: ANN401 - any value
+def decode(encoded: bytes) -> Any:
     """Decode the value of one field. Raises ValueError for bytes that make no sense."""
     if encoded and encoded[0] in _INTEGER_STARTS:
         value = _integer(encoded)
@@ -201,6 +203,7 @@ class StoredFlow:
     """The hash of a flow as the server has it; decodes what is asked for."""
 
     flow_id: UUID
+    member: bytes
     fields: Mapping[bytes, bytes]
 
     @property
@@ -213,7 +216,7 @@ class StoredFlow:
         """The operation that made this version."""
         return self.fields[b"etag"]
 
-    def read(self, name: str) -> Any:  # noqa: ANN401 - each attribute has its own type
+    def read(self, name: str) -> Any:
         """Decode the attribute `name`.
 
         Raises:
@@ -230,7 +233,7 @@ class StoredFlow:
             raise InvalidData(f"flow {self.flow_id} has no field {name!r}: its hash is damaged")
         return self._decoded(name, _DECODERS[name], encoded)
 
-    def _read_state(self) -> Any:  # noqa: ANN401 - any value
+    def _read_state(self) -> Any:
         if (whole := self.fields.get(WHOLE_STATE)) is not None:
             return self._decoded("s", decode, whole)
         state = {}
@@ -241,7 +244,7 @@ class StoredFlow:
                 state[key] = self._decoded(name, decode, encoded)
         return state
 
-    def _decoded(self, name: str, decoder: Callable[[bytes], Any], encoded: bytes) -> Any:  # noqa: ANN401
+    def _decoded(self, name: str, decoder: Callable[[bytes], Any], encoded: bytes) -> Any:
         try:
             return decoder(encoded)
         except (ValueError, OverflowError) as error:
@@ -261,7 +264,7 @@ def read_flow(flow_id: UUID, flat: Sequence[bytes]) -> Flow | None:
     """
     if not flat:
         return None
-    flow = Flow.from_stored(StoredFlow(flow_id, pairs(flat)))
+    flow = Flow.from_stored(StoredFlow(flow_id, str(flow_id).encode(), pairs(flat)))
     for attribute in attrs.fields(Flow):
         getattr(flow, attribute.name)
     return flow
@@ -321,7 +324,7 @@ def step_head(step_id: UUID) -> bytes:
     return packed
 
 
-def step_tail(run_id: str, task: str, runtime: StepRuntime, status: FlowStepStatus, result: Any) -> bytes:  # noqa: ANN401
+def step_tail(run_id: str, task: str, runtime: StepRuntime, status: FlowStepStatus, result: Any) -> bytes:
     """The fields every observation replaces."""
     packed: bytes = (
         msgpack.packb(run_id)

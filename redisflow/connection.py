@@ -71,6 +71,13 @@ class Endpoint:
         return cls(lambda: pool.connection_class(**settings), socket_timeout_s, real_server, lease)
 
 
+def require_client(manager: str, kind: type, client: object) -> None:
+    """Refuse what is not a client of the kind a manager takes."""
+    if not isinstance(client, kind):
+        found = f"{type(client).__module__}.{type(client).__qualname__}"
+        raise InvalidData(f"{manager} takes a {kind.__module__}.{kind.__qualname__}, not a {found}")
+
+
 def url_of(url: str | None) -> str:
     """The URL to use: the caller's, `$REDISFLOW_URL`, or the default.
 
@@ -78,7 +85,7 @@ def url_of(url: str | None) -> str:
         InvalidData: not a URL of a kind this library knows.
     """
     url = url or os.environ.get("REDISFLOW_URL") or DEFAULT_URL
-    if not isinstance(url, str) or urlsplit(url).scheme not in _SCHEMES:
+    if urlsplit(url).scheme not in _SCHEMES:
         known = ", ".join(f"{scheme}://" for scheme in _SCHEMES)
         raise InvalidData(f"not a URL this library knows: {url!r}; it begins with one of {known}")
     return url

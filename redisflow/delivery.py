@@ -10,12 +10,13 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Generator, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import attrs
 
-from redisflow.calls import Batch, Block, Call, Lost, Packet, Pause, Read, Refusal, Reply
+from redisflow.calls import Batch, Block, Call, Lost, Op, Packet, Pause, Read, Refusal, Reply, T
 from redisflow.errors import FlowError, InvalidData, OutcomeUnknown, StorageError
+from redisflow.scripts import Source
 
 # The server answered and did not execute: it may in a moment.
 _PASSING = frozenset(
@@ -25,7 +26,6 @@ _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.01, 1.0
 _BATCH_LIMIT = 500
 
 Step = Packet | Block | Pause
-T = TypeVar("T")
 
 
 @attrs.frozen
@@ -44,13 +44,13 @@ class Policy:
 
 
 class _Attempts:
-    """The attempts of one call: what to send next, and what came of it."""
+    """The attempts of one call that was not answered at once: what to send next, and what came of it."""
 
     __slots__ = ("_call", "_first_s", "_source", "_text", "outcome", "settled")
 
     def __init__(self, call: Call, policy: Policy) -> None:
         self._call = call
-        self._source = call.script.plain if policy.plain_scripts else call.script.source
+        self._source = _source_of(call, policy)
         self._text = False
         self._first_s: float | None = None
         self.settled = False
@@ -66,49 +66,50 @@ class _Attempts:
         how = (b"EVAL", self._source.text) if self._text else (b"EVALSHA", self._source.sha)
         return (*how, b"%d" % len(call.keys), *call.keys, *args)
 
-    def take(self, reply: Reply) -> bool:
-        """Note the reply. Returns whether to try again at once."""
-        if not isinstance(reply, Refusal):
-            self.settled, self.outcome = True, reply
-            return False
-        if reply.code == "NOSCRIPT" and not self._text:
+    def note(self, answer: Reply | Refusal | Lost, sent_s: float) -> bool:
+        """Take in what came of a packet sent at `sent_s`. Returns whether to send again at once."""
+        if isinstance(answer, Lost):
+            if answer.sent and self._first_s is None:
+                self._first_s = sent_s
+            if answer.lasting:
+                self.give_up(answer)
+        elif not isinstance(answer, Refusal):
+            self.settled, self.outcome = True, answer
+        elif answer.code == "NOSCRIPT" and not self._text:
             self._text = True
             return True
-        if reply.code not in _PASSING:
-            self.give_up(_refused(self._call.subject, reply))
+        elif answer.code not in _PASSING:
+            self.give_up(answer)
         return False
 
-    def lose(self, lost: Lost, sent_s: float) -> None:
-        """Note that no reply came to what was sent at `sent_s`."""
-        if lost.sent and self._first_s is None:
-            self._first_s = sent_s
-        if lost.lasting:
-            self.give_up(_storage_error(self._call.subject, lost))
-
-    def give_up(self, error: FlowError) -> None:
+    def give_up(self, failure: Refusal | Lost) -> None:
         """Settle with an error: unknown, if an attempt may have run."""
-        self.settled, self.outcome = True, error
+        error = _error(self._call.subject, failure)
         if self._first_s is not None and self._call.op_id:
-            self.outcome = OutcomeUnknown(self._call.op_id, f"{self._call.subject}: no reply came, and then: {error}")
-            self.outcome.__cause__ = error.__cause__ or error
+            unknown = OutcomeUnknown(self._call.op_id, f"{self._call.subject}: no reply came, and then: {error}")
+            unknown.__cause__ = error.__cause__ or error
+            error = unknown
+        self.settled, self.outcome = True, error
 
 
-def _refused(subject: str, refusal: Refusal) -> FlowError:
-    if refusal.code == "WRONGTYPE":
-        return InvalidData(f"{subject}: a key of it holds the wrong kind of value; nothing was changed")
-    if refusal.code == "NOPERM":
-        return StorageError(f"{subject}: this user lacks a permission the library needs: {refusal.message}")
-    if refusal.code == "OOM":
-        return StorageError(f"{subject}: the server is out of memory and changed nothing: {refusal.message}")
-    return StorageError(f"{subject}: the server refused: {refusal.message}")
+def _source_of(call: Call, policy: Policy) -> Source:
+    return call.script.plain if policy.plain_scripts else call.script.source
 
 
-def _storage_error(subject: str, failure: Lost | Refusal) -> FlowError:
-    if isinstance(failure, Refusal):
-        return _refused(subject, failure)
-    error = StorageError(f"{subject}: {failure}")
-    error.__cause__ = failure.__cause__
-    return error
+def _error(subject: str, failure: Refusal | Lost) -> FlowError:
+    """The error that a refusal or a loss is to the caller."""
+    if isinstance(failure, Lost):
+        error = StorageError(f"{subject}: {failure}")
+        error.__cause__ = failure.__cause__
+        return error
+    match failure.code:
+        case "WRONGTYPE":
+            return InvalidData(f"{subject}: a key of it holds the wrong kind of value; nothing was changed")
+        case "NOPERM":
+            return StorageError(f"{subject}: this user lacks a permission the library needs: {failure.message}")
+        case "OOM":
+            return StorageError(f"{subject}: the server is out of memory and changed nothing: {failure.message}")
+    return StorageError(f"{subject}: the server refused: {failure.message}")
 
 
 class _Backoff:
@@ -116,52 +117,77 @@ class _Backoff:
 
     __slots__ = ("_bound_s", "_policy", "_until_s")
 
-    def __init__(self, policy: Policy) -> None:
+    def __init__(self, policy: Policy, since_s: float) -> None:
         self._policy = policy
-        self._until_s = policy.clock() + policy.deadline_s
+        self._until_s = since_s + policy.deadline_s
         self._bound_s = _FIRST_PAUSE_S
 
-    def next_pause(self) -> float | None:
-        """Seconds to wait before the next attempt, with jitter; `None` when the deadline leaves no room."""
+    def next_pause(self) -> Pause | None:
+        """The wait before the next attempt, with jitter; `None` when the deadline leaves no room."""
         left_s = self._until_s - self._policy.clock()
         if left_s <= 0:
             return None
         pause_s = random.uniform(self._bound_s / 2, self._bound_s)  # noqa: S311 - spreads load, guards nothing
         self._bound_s = min(2 * self._bound_s, _LONGEST_PAUSE_S)
-        return min(pause_s, left_s)
+        return Pause(min(pause_s, left_s))
 
 
-def _deliver_calls(calls: Sequence[Call], policy: Policy) -> Generator[Step, Any, list[Reply | FlowError]]:
-    """Deliver calls of one node together. Returns one outcome each."""
+def _send(packet: Packet) -> Generator[Step, Any, Sequence[Reply | Refusal | Lost]]:
+    try:
+        replies: Sequence[Reply] = yield packet
+    except Lost as lost:
+        return [lost] * len(packet.commands)
+    return replies
+
+
+def _insist(
+    calls: Sequence[Call], answers: Sequence[Refusal | Lost], sent_s: float, policy: Policy
+) -> Generator[Step, Any, list[Reply | FlowError]]:
+    """Send calls again that had those answers, until each is settled. Returns one outcome each."""
     attempts = [_Attempts(call, policy) for call in calls]
-    pending = attempts
-    backoff = _Backoff(policy)
+    pending: Sequence[_Attempts] = attempts
+    backoff = _Backoff(policy, sent_s)
     while True:
-        again_at_once = False
-        last: Lost | Refusal | None = None
+        notes = [(attempt, answer) for attempt, answer in zip(pending, answers, strict=True)]
+        at_once = any([attempt.note(answer, sent_s) for attempt, answer in notes])  # noqa: C419 - notes them all
+        unsettled = [(attempt, answer) for attempt, answer in notes if not attempt.settled]
+        if not unsettled:
+            return [attempt.outcome for attempt in attempts]
+        if not at_once:
+            pause = backoff.next_pause()
+            if pause is None:
+                for attempt, answer in unsettled:
+                    attempt.give_up(answer)
+                return [attempt.outcome for attempt in attempts]
+            yield pause
+        pending = [attempt for attempt, _ in unsettled]
         sent_s = policy.clock()
-        try:
-            replies = yield Packet(calls[0].slot, [attempt.command(sent_s) for attempt in pending])
-        except Lost as lost:
-            last = lost
-            for attempt in pending:
-                attempt.lose(lost, sent_s)
-        else:
-            for attempt, reply in zip(pending, replies, strict=True):
-                again_at_once |= attempt.take(reply)
-                if isinstance(reply, Refusal):
-                    last = reply
-        pending = [attempt for attempt in pending if not attempt.settled]
-        if not pending or last is None:
-            return [attempt.outcome for attempt in attempts]
-        if again_at_once:
-            continue
-        pause_s = backoff.next_pause()
-        if pause_s is None:
-            for attempt in pending:
-                attempt.give_up(_storage_error(calls[0].subject, last))
-            return [attempt.outcome for attempt in attempts]
-        yield Pause(pause_s)
+        answers = yield from _send(Packet(calls[0].slot, [attempt.command(sent_s) for attempt in pending]))
+
+
+def _deliver_calls(calls: Sequence[Call], policy: Policy) -> Generator[Step, Any, Sequence[Reply | FlowError]]:
+    """Deliver calls of one node together. Returns one outcome each."""
+    sent_s = policy.clock()
+    commands = [
+        (b"EVALSHA", _source_of(call, policy).sha, b"%d" % len(call.keys), *call.keys, *call.args) for call in calls
+    ]
+    outcomes = yield from _send(Packet(calls[0].slot, commands))
+    troubled = [n for n, outcome in enumerate(outcomes) if type(outcome) in _TROUBLES]
+    if not troubled:
+        return outcomes
+    settled = yield from _insist([calls[n] for n in troubled], [outcomes[n] for n in troubled], sent_s, policy)
+    merged = dict(enumerate(outcomes)) | dict(zip(troubled, settled, strict=True))
+    return list(merged.values())
+
+
+_TROUBLES = (Refusal, Lost)
+
+
+def _deliver_one(call: Call, policy: Policy) -> Generator[Step, Any, Reply]:
+    (outcome,) = yield from _deliver_calls((call,), policy)
+    if isinstance(outcome, FlowError):
+        raise outcome from outcome.__cause__
+    return outcome
 
 
 def _deliver_batch(batch: Batch, policy: Policy) -> Generator[Step, Any, list[Reply | FlowError]]:
@@ -175,68 +201,46 @@ def _deliver_read(read: Read, policy: Policy) -> Generator[Step, Any, list[Reply
     replies: list[Reply] = []
     for start in range(0, len(read.commands), _BATCH_LIMIT):
         commands = read.commands[start : start + _BATCH_LIMIT]
-        replies += yield from _read_some(Packet(commands[0].slot, [c.args for c in commands]), policy)
+        packet = Packet(commands[0].slot, [command.args for command in commands])
+        replies += yield from _ask(packet, _naming(commands[0].args), policy)
     if not read.tolerant:
         for command, reply in zip(read.commands, replies, strict=True):
             if isinstance(reply, Refusal):
-                raise _refused(_naming(command.args), reply)
+                raise _error(_naming(command.args), reply)
     return replies
+
+
+def _deliver_block(block: Block, policy: Policy) -> Generator[Step, Any, Reply]:
+    subject = _naming((b"XREAD", block.stream))
+    (reply,) = yield from _ask(block, subject, policy)
+    if isinstance(reply, Refusal):
+        raise _error(subject, reply)
+    return reply
 
 
 def _naming(args: Sequence[bytes]) -> str:
     return b" ".join(args[:2]).decode(errors="replace")
 
 
-def _read_some(packet: Packet, policy: Policy) -> Generator[Step, Any, list[Reply]]:
-    backoff = _Backoff(policy)
+def _ask(step: Packet | Block, subject: str, policy: Policy) -> Generator[Step, Any, Sequence[Reply]]:
+    """Ask until there is an answer that is no passing refusal: a read may be asked any number of times."""
+    backoff = _Backoff(policy, policy.clock())
     while True:
-        last: Lost | Refusal
+        failure: Lost | Refusal
         try:
-            replies: list[Reply] = yield packet
+            replies: Sequence[Reply] = yield step
         except Lost as lost:
-            last = lost
-            if lost.lasting:
-                raise _storage_error(_naming(packet.commands[0]), lost) from lost.__cause__
+            failure = lost
         else:
-            passing = [r for r in replies if isinstance(r, Refusal) and r.code in _PASSING]
+            passing = [reply for reply in replies if isinstance(reply, Refusal) and reply.code in _PASSING]
             if not passing:
                 return replies
-            last = passing[0]
-        pause_s = backoff.next_pause()
-        if pause_s is None:
-            error = _storage_error(_naming(packet.commands[0]), last)
+            failure = passing[0]
+        pause = None if isinstance(failure, Lost) and failure.lasting else backoff.next_pause()
+        if pause is None:
+            error = _error(subject, failure)
             raise error from error.__cause__
-        yield Pause(pause_s)
-
-
-def _deliver_block(block: Block, policy: Policy) -> Generator[Step, Any, Reply]:
-    backoff = _Backoff(policy)
-    while True:
-        last: Lost | Refusal
-        try:
-            reply = yield block
-        except Lost as lost:
-            last = lost
-            if lost.lasting:
-                raise _storage_error(_naming((b"XREAD", block.stream)), lost) from lost.__cause__
-        else:
-            if not isinstance(reply, Refusal):
-                return reply
-            last = reply
-            if reply.code not in _PASSING:
-                raise _refused(_naming((b"XREAD", block.stream)), reply)
-        pause_s = backoff.next_pause()
-        if pause_s is None:
-            error = _storage_error(_naming((b"XREAD", block.stream)), last)
-            raise error from error.__cause__
-        yield Pause(pause_s)
-
-
-def _deliver_one(call: Call, policy: Policy) -> Generator[Step, Any, Reply]:
-    (outcome,) = yield from _deliver_calls((call,), policy)
-    if isinstance(outcome, FlowError):
-        raise outcome from outcome.__cause__
-    return outcome
+        yield pause
 
 
 def _deliver_pause(pause: Pause, _: Policy) -> Generator[Step, Any, None]:
@@ -252,7 +256,7 @@ _DELIVER: dict[type, Callable[..., Generator[Step, Any, Any]]] = {
 }
 
 
-def deliver(op: Generator[Any, Any, T], policy: Policy) -> Generator[Step, Any, T]:
+def deliver(op: Op[T], policy: Policy) -> Generator[Step, Any, T]:
     """Drive an operation to its end, delivering what it yields."""
     try:
         wanted = next(op)

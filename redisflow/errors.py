@@ -54,9 +54,7 @@ class FlowExists(FlowError):
 
     def __init__(self, flow_id: UUID) -> None:
         self.flow_id = flow_id
-        super().__init__(
-            f"flow {flow_id} exists already; pass exist_ok=True to get it, or choose another id"
-        )
+        super().__init__(f"flow {flow_id} exists already; pass exist_ok=True to get it, or choose another id")
 
 
 class RevisionMismatch(FlowError):

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Mapping
+from datetime import datetime
 from typing import TYPE_CHECKING, Any, Literal, Protocol
+from uuid import UUID
 
 import attrs
 
 from redisflow.waits import ExternalEvent, Manual, Timer, parse_wait
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-    from datetime import datetime
-    from uuid import UUID
 
 
 class FlowStatus(enum.StrEnum):
@@ -42,9 +40,7 @@ class FlowStatus(enum.StrEnum):
 
 TRANSITIONS: dict[FlowStatus, frozenset[FlowStatus]] = {
     FlowStatus.CREATED: frozenset({FlowStatus.RUNNING, FlowStatus.CANCELLED}),
-    FlowStatus.RUNNING: frozenset(
-        {FlowStatus.WAITING, FlowStatus.FINISHED, FlowStatus.FAILED, FlowStatus.CANCELLED}
-    ),
+    FlowStatus.RUNNING: frozenset({FlowStatus.WAITING, FlowStatus.FINISHED, FlowStatus.FAILED, FlowStatus.CANCELLED}),
     FlowStatus.WAITING: frozenset({FlowStatus.RUNNING, FlowStatus.FAILED, FlowStatus.CANCELLED}),
     FlowStatus.FINISHED: frozenset(),
     FlowStatus.FAILED: frozenset(),
@@ -108,7 +104,7 @@ UPDATE_STATE = Verb("state_updated", None)
 class Stored(Protocol):
     """The stored form of a flow: decodes one attribute when it is asked for."""
 
-    def read(self, name: str) -> Any:  # noqa: ANN401 - each attribute has its own type
+    def read(self, name: str) -> Any:
         """Decode the attribute `name`."""
 
 
@@ -145,7 +141,7 @@ class Flow:
 
     if not TYPE_CHECKING:  # a type checker would take any name for an attribute
 
-        def __getattr__(self, name):
+        def __getattr__(self, name: str) -> Any:
             """Decode an attribute when it is first looked at."""
             if name in _ATTRIBUTES and self._base is not None:
                 value = self._base.read(name)
@@ -165,6 +161,9 @@ class Flow:
         object.__setattr__(flow, "_base", stored)
         return flow
 
+
+# A flow as an argument: itself, its id, or the id as text.
+FlowRef = Flow | UUID | str
 
 _ATTRIBUTES = frozenset(field.name for field in attrs.fields(Flow)) - {"_base"}
 

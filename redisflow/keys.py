@@ -72,16 +72,13 @@ class Partition:
     @classmethod
     def named(cls, prefix: str, number: int, partitions: int) -> Partition:
         """Find the tag of partition `number`: the first that lands in its share of the slots."""
-        for n in count():
-            tag = f"{prefix}:{number}.{n}"
-            slot = slot_of(tag)
-            if slot * partitions // SLOTS == number:
-                break
+        tags = (f"{prefix}:{number}.{n}" for n in count())
+        tag = next(tag for tag in tags if slot_of(tag) * partitions // SLOTS == number)
         head = f"{{{tag}}}:".encode()
         return cls(
             number=number,
             tag=tag,
-            slot=slot,
+            slot=slot_of(tag),
             due=head + b"due",
             waiters=head + b"waiters",
             statuses=tuple(head + b"status:" + status.encode() for status in FlowStatus),

@@ -9,32 +9,19 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import datetime, timedelta
-from typing import Any, Protocol, Self, TypeVar
+from typing import Any, Self
 from uuid import UUID
 
 import redis
 
-from redisflow.calls import Block, Lost, Op, Packet
-from redisflow.connection import Endpoint, endpoint_of, url_of
+from redisflow.calls import Block, Lost, Op, Packet, Pages, T
+from redisflow.connection import Endpoint, endpoint_of, require_client, url_of
 from redisflow.delivery import deliver
-from redisflow.errors import InvalidData
-from redisflow.flow import Flow, FlowEvent, FlowStatus, FlowStep, StepObservation, StepRuntime
-from redisflow.ops import changes, follow, reads, records, upkeep
+from redisflow.flow import Flow, FlowEvent, FlowRef, FlowStatus, FlowStep, StepObservation, StepRuntime
+from redisflow.ops import changes, creation, follow, reads, records, rewriting, upkeep
 from redisflow.settings import Settings
-from redisflow.waits import ExternalEvent, Manual, Timer
+from redisflow.waits import AnyWait
 from redisflow.wire import Wire
-
-FlowRef = Flow | UUID | str
-AnyWait = Timer | ExternalEvent | Manual | Mapping[str, Any]
-T_co = TypeVar("T_co", covariant=True)
-T = TypeVar("T")
-
-
-class Pages(Protocol[T_co]):
-    """Something read page by page."""
-
-    def next_page(self) -> Op:
-        """Yield the calls for the next page; return its items, `None` after the last."""
 
 
 class FlowManager:
@@ -51,7 +38,7 @@ class FlowManager:
         OutcomeUnknown: a change may or may not have been applied before the deadline.
     """
 
-    def __init__(self, client: redis.Redis, prefix: str = "redisflow", **options: Any) -> None:  # noqa: ANN401
+    def __init__(self, client: redis.Redis, prefix: str = "redisflow", **options: Any) -> None:
         """Use the server of a client.
 
         Args:
@@ -59,12 +46,11 @@ class FlowManager:
             prefix: the namespace.
             **options: see `redisflow.settings.Settings`.
         """
-        if not isinstance(client, redis.Redis):
-            raise InvalidData(f"FlowManager takes a redis.Redis, not {type(client).__module__}.{type(client).__name__}")
+        require_client("FlowManager", redis.Redis, client)
         self._set_up(lambda: Endpoint.of_client(client), Settings(prefix=prefix, **options))
 
     @classmethod
-    def from_url(cls, url: str | None = None, *, prefix: str = "redisflow", **options: Any) -> Self:  # noqa: ANN401
+    def from_url(cls, url: str | None = None, *, prefix: str = "redisflow", **options: Any) -> Self:
         """Use the server at a URL.
 
         Args:
@@ -75,42 +61,45 @@ class FlowManager:
         """
         checked = url_of(url)
         manager = cls.__new__(cls)
-        manager._set_up(lambda: endpoint_of(checked, is_async=False), Settings(prefix=prefix, **options))
+        manager._set_up(lambda: endpoint_of(checked, is_async=False), Settings(prefix=prefix, **options))  # noqa: SLF001 - the other constructor
         return manager
 
     def _set_up(self, endpoint: Callable[[], Endpoint], settings: Settings) -> None:
         self._endpoint = endpoint
         self._settings = settings
-        self._ns = settings.namespace()
+        self.namespace = settings.namespace()
         self._wire: Wire | None = None
         self._connecting = threading.Lock()
 
     # --- carrying out operations ---
 
-    def _run(self, op: Op) -> Any:  # noqa: ANN401 - what the operation returns
+    def perform(self, op: Op[T]) -> T:
+        """Carry out an operation of `redisflow.ops`, and return what it returns."""
         return self._drive(self._wire or self.connect(), op)
 
-    def _drive(self, wire: Wire, op: Op) -> Any:  # noqa: ANN401 - what the operation returns
+    def _drive(self, wire: Wire, op: Op[T]) -> T:
         steps = deliver(op, self._policy)
         try:
             step = next(steps)
             while True:
                 try:
-                    if type(step) is Packet:
-                        reply = wire.exchange(step)
-                    elif type(step) is Block:
+                    if isinstance(step, Packet):
+                        reply: Any = wire.exchange(step)
+                    elif isinstance(step, Block):
                         reply = wire.block(step)
                     else:
-                        reply = wire.pause(step.seconds)
+                        wire.pause(step.seconds)
+                        reply = None
                 except Lost as lost:
                     step = steps.throw(lost)
                 else:
                     step = steps.send(reply)
         except StopIteration as stop:
-            return stop.value
+            result: T = stop.value
+            return result
 
     def _pages(self, pages: Pages[T]) -> Iterator[T]:
-        while (page := self._run(pages.next_page())) is not None:
+        while (page := self.perform(pages.next_page())) is not None:
             yield from page
 
     def connect(self) -> Wire:
@@ -123,12 +112,10 @@ class FlowManager:
             if self._wire is None:
                 endpoint = self._endpoint()
                 settings = self._settings
-                wire = Wire(
-                    endpoint, max_connections=settings.max_connections, acquire_timeout_s=settings.deadline_s
-                )
+                wire = Wire(endpoint, max_connections=settings.max_connections, acquire_timeout_s=settings.deadline_s)
                 self._policy = settings.policy(real_server=endpoint.real_server)
                 check = upkeep.connect(
-                    self._ns, real_server=endpoint.real_server, allow_eviction=settings.allow_eviction
+                    self.namespace, real_server=endpoint.real_server, allow_eviction=settings.allow_eviction
                 )
                 try:
                     self._drive(wire, check)
@@ -162,7 +149,7 @@ class FlowManager:
         owner_session_key: str,
         requester_origin: str,
         current_step: str = "init",
-        state: Any = None,  # noqa: ANN401 - the caller's
+        state: Any = None,
         flow_id: UUID | str | None = None,
         exist_ok: bool = False,
         op_id: str | None = None,
@@ -180,7 +167,21 @@ class FlowManager:
         Raises:
             FlowExists: the id is taken.
         """
-        return self._run(changes.create(self._ns, mirrored=False, controller_id=controller_id, goal=goal, owner_session_key=owner_session_key, requester_origin=requester_origin, current_step=current_step, state=state, flow_id=flow_id, exist_ok=exist_ok, op_id=op_id))
+        return self.perform(
+            creation.create(
+                self.namespace,
+                mirrored=False,
+                controller_id=controller_id,
+                goal=goal,
+                owner_session_key=owner_session_key,
+                requester_origin=requester_origin,
+                current_step=current_step,
+                state=state,
+                flow_id=flow_id,
+                exist_ok=exist_ok,
+                op_id=op_id,
+            )
+        )
 
     def create_mirrored(
         self,
@@ -190,7 +191,7 @@ class FlowManager:
         owner_session_key: str,
         requester_origin: str,
         current_step: str = "init",
-        state: Any = None,  # noqa: ANN401 - the caller's
+        state: Any = None,
         flow_id: UUID | str | None = None,
         exist_ok: bool = False,
         op_id: str | None = None,
@@ -199,21 +200,35 @@ class FlowManager:
 
         Takes and raises what `create_managed` does.
         """
-        return self._run(changes.create(self._ns, mirrored=True, controller_id=controller_id, goal=goal, owner_session_key=owner_session_key, requester_origin=requester_origin, current_step=current_step, state=state, flow_id=flow_id, exist_ok=exist_ok, op_id=op_id))
+        return self.perform(
+            creation.create(
+                self.namespace,
+                mirrored=True,
+                controller_id=controller_id,
+                goal=goal,
+                owner_session_key=owner_session_key,
+                requester_origin=requester_origin,
+                current_step=current_step,
+                state=state,
+                flow_id=flow_id,
+                exist_ok=exist_ok,
+                op_id=op_id,
+            )
+        )
 
     # --- reading ---
 
     def get(self, flow_id: FlowRef) -> Flow | None:
         """Read one flow; `None` if there is none."""
-        return self._run(reads.get(self._ns, flow_id))
+        return self.perform(reads.get(self.namespace, flow_id))
 
     def get_many(self, flow_ids: Iterable[FlowRef]) -> list[Flow | None]:
         """Read flows by id, in the order given; `None` for each there is not."""
-        return self._run(reads.get_many(self._ns, flow_ids))
+        return self.perform(reads.get_many(self.namespace, flow_ids))
 
     def list_by_owner(self, owner: str, *, limit: int | None = None) -> list[Flow]:
         """The flows of an owner, newest first. A damaged flow is left out and logged."""
-        return self._run(reads.list_flows(reads.Listing(self._ns, owner=owner, limit=limit)))
+        return self.perform(reads.list_flows(reads.Listing(self.namespace, owner=owner, limit=limit)))
 
     def list_by_status(
         self, status: FlowStatus | str, *, limit: int | None = None, updated_before: datetime | None = None
@@ -225,11 +240,13 @@ class FlowManager:
             limit: how many at most; `None` for all, below 1 for none.
             updated_before: only flows last changed before this aware datetime: the quiet ones.
         """
-        return self._run(reads.list_flows(reads.Listing(self._ns, status=status, limit=limit, updated_before=updated_before)))
+        return self.perform(
+            reads.list_flows(reads.Listing(self.namespace, status=status, limit=limit, updated_before=updated_before))
+        )
 
     def iter_by_owner(self, owner: str, *, page: int = 500) -> Iterator[Flow]:
         """Every flow of an owner, newest first, `page` at a time in memory."""
-        return self._pages(reads.Listing(self._ns, owner=owner, page=page))
+        return self._pages(reads.Listing(self.namespace, owner=owner, page=page))
 
     def iter_by_status(
         self, status: FlowStatus | str, *, page: int = 500, updated_before: datetime | None = None
@@ -238,11 +255,11 @@ class FlowManager:
 
         A flow that changes while this goes on may be missed where it was, and met where it went.
         """
-        return self._pages(reads.Listing(self._ns, status=status, page=page, updated_before=updated_before))
+        return self._pages(reads.Listing(self.namespace, status=status, page=page, updated_before=updated_before))
 
     def count_by_status(self) -> dict[FlowStatus, int]:
         """How many flows are in each status."""
-        return self._run(reads.count_by_status(self._ns))
+        return self.perform(reads.count_by_status(self.namespace))
 
     # --- the lifecycle ---
 
@@ -252,7 +269,9 @@ class FlowManager:
         Raises:
             FlowNotFound, RevisionMismatch, AlreadyTerminal, CancelPending, IllegalTransition: in this order.
         """
-        return self._run(changes.start_running(self._ns, flow, expected_revision=expected_revision, op_id=op_id))
+        return self.perform(
+            changes.start_running(self.namespace, flow, expected_revision=expected_revision, op_id=op_id)
+        )
 
     def set_waiting(
         self, flow: FlowRef, wait: AnyWait, *, expected_revision: int | None = None, op_id: str | None = None
@@ -262,12 +281,14 @@ class FlowManager:
         Raises:
             FlowNotFound, RevisionMismatch, AlreadyTerminal, CancelPending, IllegalTransition: in this order.
         """
-        return self._run(changes.set_waiting(self._ns, flow, wait, expected_revision=expected_revision, op_id=op_id))
+        return self.perform(
+            changes.set_waiting(self.namespace, flow, wait, expected_revision=expected_revision, op_id=op_id)
+        )
 
     def resume(
         self,
         flow: FlowRef,
-        state_patch: Any = None,  # noqa: ANN401 - the caller's
+        state_patch: Any = None,
         *,
         expected_revision: int | None = None,
         op_id: str | None = None,
@@ -277,12 +298,14 @@ class FlowManager:
         Raises:
             FlowNotFound, RevisionMismatch, AlreadyTerminal, CancelPending, IllegalTransition: in this order.
         """
-        return self._run(changes.resume(self._ns, flow, state_patch, expected_revision=expected_revision, op_id=op_id))
+        return self.perform(
+            changes.resume(self.namespace, flow, state_patch, expected_revision=expected_revision, op_id=op_id)
+        )
 
     def finish(
         self,
         flow: FlowRef,
-        final_state: Any = None,  # noqa: ANN401 - the caller's
+        final_state: Any = None,
         *,
         expected_revision: int | None = None,
         op_id: str | None = None,
@@ -292,7 +315,9 @@ class FlowManager:
         Raises:
             FlowNotFound, RevisionMismatch, AlreadyTerminal, CancelPending, IllegalTransition: in this order.
         """
-        return self._run(changes.finish(self._ns, flow, final_state, expected_revision=expected_revision, op_id=op_id))
+        return self.perform(
+            changes.finish(self.namespace, flow, final_state, expected_revision=expected_revision, op_id=op_id)
+        )
 
     def fail(
         self, flow: FlowRef, reason: str, *, expected_revision: int | None = None, op_id: str | None = None
@@ -302,7 +327,9 @@ class FlowManager:
         Raises:
             FlowNotFound, RevisionMismatch, AlreadyTerminal, CancelPending, IllegalTransition: in this order.
         """
-        return self._run(changes.fail(self._ns, flow, reason, expected_revision=expected_revision, op_id=op_id))
+        return self.perform(
+            changes.fail(self.namespace, flow, reason, expected_revision=expected_revision, op_id=op_id)
+        )
 
     def request_cancel(self, flow: FlowRef, *, expected_revision: int | None = None, op_id: str | None = None) -> Flow:
         """Set the sticky cancel flag: from now on only `cancel` goes through.
@@ -312,7 +339,9 @@ class FlowManager:
         Raises:
             FlowNotFound, RevisionMismatch: in this order.
         """
-        return self._run(changes.request_cancel(self._ns, flow, expected_revision=expected_revision, op_id=op_id))
+        return self.perform(
+            changes.request_cancel(self.namespace, flow, expected_revision=expected_revision, op_id=op_id)
+        )
 
     def cancel(self, flow: FlowRef, *, expected_revision: int | None = None, op_id: str | None = None) -> Flow:
         """Created, running or waiting → cancelled, whether or not it was requested.
@@ -320,12 +349,12 @@ class FlowManager:
         Raises:
             FlowNotFound, RevisionMismatch, AlreadyTerminal: in this order.
         """
-        return self._run(changes.cancel(self._ns, flow, expected_revision=expected_revision, op_id=op_id))
+        return self.perform(changes.cancel(self.namespace, flow, expected_revision=expected_revision, op_id=op_id))
 
     def update_state(
         self,
         flow: FlowRef,
-        patch: Any = None,  # noqa: ANN401 - the caller's
+        patch: Any = None,
         *,
         next_step: str | None = None,
         increment: Mapping[str, int] | None = None,
@@ -348,13 +377,24 @@ class FlowManager:
             FlowNotFound, RevisionMismatch, AlreadyTerminal, CancelPending: in this order.
             InvalidData: also for an increment of what is no integer, or beyond 64 bits.
         """
-        return self._run(changes.update_state(self._ns, flow, patch, next_step=next_step, increment=increment, unset=unset, expected_revision=expected_revision, op_id=op_id))
+        return self.perform(
+            changes.update_state(
+                self.namespace,
+                flow,
+                patch,
+                next_step=next_step,
+                increment=increment,
+                unset=unset,
+                expected_revision=expected_revision,
+                op_id=op_id,
+            )
+        )
 
     def update_and_append(
         self,
         flow: Flow,
         kind: str,
-        payload: Any = None,  # noqa: ANN401 - the caller's
+        payload: Any = None,
         *,
         expected_revision: int | None = None,
         op_id: str | None = None,
@@ -366,7 +406,11 @@ class FlowManager:
         Raises:
             FlowNotFound, RevisionMismatch, AlreadyTerminal, CancelPending, IllegalTransition: in this order.
         """
-        return self._run(changes.update_and_append(self._ns, flow, kind, payload, expected_revision=expected_revision, op_id=op_id))
+        return self.perform(
+            rewriting.update_and_append(
+                self.namespace, flow, kind, payload, expected_revision=expected_revision, op_id=op_id
+            )
+        )
 
     def mutate(
         self,
@@ -374,7 +418,7 @@ class FlowManager:
         fn: Callable[[Flow], Flow],
         *,
         kind: str,
-        payload: Any = None,  # noqa: ANN401 - the caller's
+        payload: Any = None,
         retries: int = 8,
         expected_revision: int | None = None,
         op_id: str | None = None,
@@ -392,7 +436,18 @@ class FlowManager:
         Raises:
             FlowNotFound, RevisionMismatch, AlreadyTerminal, CancelPending, IllegalTransition: in this order.
         """
-        return self._run(changes.mutate(self._ns, flow_id, fn, kind=kind, payload=payload, retries=retries, expected_revision=expected_revision, op_id=op_id))
+        return self.perform(
+            rewriting.mutate(
+                self.namespace,
+                flow_id,
+                fn,
+                kind=kind,
+                payload=payload,
+                retries=retries,
+                expected_revision=expected_revision,
+                op_id=op_id,
+            )
+        )
 
     # --- records ---
 
@@ -400,7 +455,7 @@ class FlowManager:
         self,
         flow_id: FlowRef,
         kind: str,
-        payload: Any = None,  # noqa: ANN401 - the caller's
+        payload: Any = None,
         *,
         expected_revision: int | None = None,
         op_id: str | None = None,
@@ -410,15 +465,19 @@ class FlowManager:
         Raises:
             FlowNotFound, RevisionMismatch: in this order.
         """
-        return self._run(records.append_event(self._ns, flow_id, kind, payload, expected_revision=expected_revision, op_id=op_id))
+        return self.perform(
+            records.append_event(
+                self.namespace, flow_id, kind, payload, expected_revision=expected_revision, op_id=op_id
+            )
+        )
 
     def list_events(self, flow_id: FlowRef, limit: int | None = 100) -> list[FlowEvent]:
         """The last `limit` events, newest first; none for a limit below 1, all for `None`."""
-        return self._run(records.list_events(self._ns, flow_id, limit))
+        return self.perform(records.list_events(self.namespace, flow_id, limit))
 
     def iter_events(self, flow_id: FlowRef, *, after: str | None = None) -> Iterator[FlowEvent]:
         """Every event, oldest first; with `after`, those behind that event id."""
-        return self._pages(records.Trail(self._ns, flow_id, after))
+        return self._pages(records.Trail(self.namespace, flow_id, after))
 
     def record_step_observation(
         self,
@@ -433,15 +492,19 @@ class FlowManager:
         Raises:
             FlowNotFound, RevisionMismatch: in this order.
         """
-        return self._run(records.record_step_observation(self._ns, observation, runtime=runtime, expected_revision=expected_revision, op_id=op_id))
+        return self.perform(
+            records.record_step_observation(
+                self.namespace, observation, runtime=runtime, expected_revision=expected_revision, op_id=op_id
+            )
+        )
 
     def list_steps(self, flow_id: FlowRef) -> list[FlowStep]:
         """Every step of a flow, oldest first."""
-        return self._run(records.list_steps(self._ns, flow_id))
+        return self.perform(records.list_steps(self.namespace, flow_id))
 
     def find_step_by_run_id(self, flow_id: FlowRef, run_id: str) -> FlowStep | None:
         """One step of a flow; `None` if that run was never observed."""
-        return self._run(records.find_step_by_run_id(self._ns, flow_id, run_id))
+        return self.perform(records.find_step_by_run_id(self.namespace, flow_id, run_id))
 
     # --- following ---
 
@@ -456,7 +519,7 @@ class FlowManager:
         Raises:
             FlowNotFound: also when the flow is deleted meanwhile.
         """
-        return self._pages(follow.Watch(self._ns, flow_id, after, timeout))
+        return self._pages(follow.Watch(self.namespace, flow_id, after, timeout))
 
     def wait_for(self, flow_id: FlowRef, *statuses: FlowStatus | str, timeout: float | None = None) -> Flow:
         """Wait until the flow is in one of `statuses`; by default, until it has ended.
@@ -468,7 +531,7 @@ class FlowManager:
             AlreadyTerminal: it has ended otherwise, and never will be.
             FlowNotFound: there is none.
         """
-        return self._run(follow.wait_for(self._ns, flow_id, statuses, timeout))
+        return self.perform(follow.wait_for(self.namespace, flow_id, statuses, timeout))
 
     # --- upkeep ---
 
@@ -478,8 +541,8 @@ class FlowManager:
         Raises:
             RevisionMismatch: it is not the version expected.
         """
-        return self._run(upkeep.delete(self._ns, flow_id, expected_revision=expected_revision, op_id=op_id))
+        return self.perform(upkeep.delete(self.namespace, flow_id, expected_revision=expected_revision, op_id=op_id))
 
     def prune_terminal_flows(self, older_than: timedelta) -> int:
         """Delete ended flows that have not changed for `older_than`, never a live one. Returns how many."""
-        return self._run(upkeep.prune_terminal_flows(self._ns, older_than))
+        return self.perform(upkeep.prune_terminal_flows(self.namespace, older_than))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import attrs
 
 from redisflow.delivery import Policy
@@ -9,7 +11,7 @@ from redisflow.errors import InvalidData
 from redisflow.ops.namespace import DEFAULT_MAX_PAYLOAD_BYTES, Namespace
 
 
-def _positive(_: object, attribute: attrs.Attribute[float], value: object) -> None:
+def _positive(_: object, attribute: attrs.Attribute[Any], value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
         raise InvalidData(f"{attribute.name} must be a number above 0, not {value!r}")
 

@@ -91,8 +91,13 @@ def _instant(name: str, raw: object) -> datetime:
     return require_aware(name, raw)
 
 
-def _converter(name: str) -> Any:  # noqa: ANN401 - attrs converters are typed by their field
-    return attrs.converters.optional(lambda moment: require_aware(name, moment))
+def _aware(_: object, attribute: attrs.Attribute[datetime], moment: object) -> None:
+    require_aware(f"wait {attribute.name}", moment)
+
+
+def _aware_or_none(_: object, attribute: attrs.Attribute[datetime | None], moment: object) -> None:
+    if moment is not None:
+        require_aware(f"wait {attribute.name}", moment)
 
 
 @attrs.frozen(kw_only=True)
@@ -104,7 +109,7 @@ class Wait:
 
     kind: ClassVar[str]
 
-    deadline: datetime | None = attrs.field(default=None, converter=_converter("wait deadline"))
+    deadline: datetime | None = attrs.field(default=None, validator=_aware_or_none)
 
     @property
     def due(self) -> datetime | None:
@@ -151,13 +156,15 @@ class Timer(Wait):
 
     kind = "timer"
 
-    at: datetime = attrs.field(converter=lambda moment: require_aware("timer at", moment))
+    at: datetime = attrs.field(validator=_aware)
 
     @property
     def due(self) -> datetime:
+        """When it fires, or its deadline if that is earlier."""
         return self.at if self.deadline is None else min(self.at, self.deadline)
 
     def timed_out(self, now: datetime) -> bool:
+        """Whether its deadline has ended it before it fired."""
         return super().timed_out(now) and self.due < self.at
 
     def _own_fields(self) -> dict[str, Any]:
@@ -178,6 +185,7 @@ class ExternalEvent(Wait):
 
     @property
     def waiter(self) -> bytes:
+        """The prefix of its entry in the waiters index."""
         topic = require_name("wait topic", self.topic, nul=False)
         correlation_id = require_name("wait correlation_id", self.correlation_id, nul=False)
         return topic + b"\0" + correlation_id + b"\0"
@@ -216,3 +224,7 @@ def parse_wait(wait: object) -> Timer | ExternalEvent | Manual | None:
 def wire_form(wait: Wait | Mapping[str, Any]) -> Mapping[str, Any]:
     """The mapping to store for a wait given in either form; one already a mapping is stored as it is."""
     return wait.to_wire() if isinstance(wait, Wait) else wait
+
+
+# A wait as an argument, in either form.
+AnyWait = Timer | ExternalEvent | Manual | Mapping[str, Any]

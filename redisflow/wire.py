@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from hiredis import pack_command
 from redis import exceptions as client_errors
 
 from redisflow.calls import Block, Lost, Packet, Refusal, Reply
@@ -58,6 +59,11 @@ def no_reply(error: Exception) -> Lost:
     return lost
 
 
+def packed(commands: Sequence[Sequence[bytes]]) -> list[bytes]:
+    """The bytes of commands, as redis-py's connections take them."""
+    return [b"".join([pack_command(command) for command in commands])]  # type: ignore[arg-type]  # its stub is off
+
+
 def xread(block: Block, socket_timeout_s: float) -> Sequence[bytes]:
     """The blocking read of a block: shorter than the socket timeout, or its silence would look like a loss."""
     milliseconds = max(1, int(1000 * min(block.wait_s, MAX_BLOCK_S, socket_timeout_s / 2)))
@@ -98,16 +104,15 @@ class Wire:
         finally:
             self._slots.release()
 
-    def block(self, block: Block) -> Reply:
-        """Wait for entries of a stream.
+    def block(self, block: Block) -> list[Reply]:
+        """Wait for entries of a stream; one reply.
 
         Raises:
             Lost: the connection failed.
         """
         if self._pid != os.getpid():
             self._reset()
-        (reply,) = self._exchange_over(self._idle_blocking, [xread(block, self._endpoint.socket_timeout_s)])
-        return reply
+        return self._exchange_over(self._idle_blocking, [xread(block, self._endpoint.socket_timeout_s)])
 
     def pause(self, seconds: float) -> None:
         """Sleep."""
@@ -142,17 +147,16 @@ class Wire:
         return replies
 
 
-def _roundtrip(connection: Any, commands: Sequence[Sequence[bytes]]) -> list[Reply]:  # noqa: ANN401 - redis-py's
+def _roundtrip(connection: Any, commands: Sequence[Sequence[bytes]]) -> list[Reply]:
     try:
         connection.connect()  # does nothing when it is
     except (client_errors.RedisError, OSError) as error:
         if refused_all(error):
             return [refusal_of(error)] * len(commands)
         raise not_sent(error) from error
-    packed = connection.pack_command(*commands[0]) if len(commands) == 1 else connection.pack_commands(commands)
     replies: list[Reply] = []
     try:
-        connection.send_packed_command(packed)
+        connection.send_packed_command(packed(commands))
         for _ in commands:
             try:
                 replies.append(connection.read_response(disable_decoding=True))

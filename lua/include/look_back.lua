@@ -13,7 +13,7 @@ end
 local function look_back(events_key, op, span_ms, deep)
   local now = redis.call('TIME')
   local since_ms = now[1] * 1000 + math.floor(now[2] / 1000) - CLOCK_STEP_MS - (tonumber(span_ms) or 0)
-  local read, upper, oldest, page = 0, '+', nil, nil
+  local read, upper, oldest, page = 0, '+'
   repeat
     page = redis.call('XREVRANGE', events_key, upper, '-', 'COUNT', LOOK_PAGE)
     for _, entry in ipairs(page) do

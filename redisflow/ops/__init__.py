@@ -1,7 +1,10 @@
 """Every operation, as a generator of calls. Each rule of the library stands in here, or in a script, once.
 
 `namespace`  what all operations share: key names, limits, the check of inputs
-`changes`    creation and the lifecycle's verbs
+`fields`     a flow's hash fields, and what a change does to them
+`creation`   creating flows
+`changes`    the lifecycle's verbs
+`rewriting`  `update_and_append` and `mutate`
 `records`    the audit trail and observed steps
 `reads`      single flows and listings
 `follow`     watching and waiting for changes

@@ -5,12 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Generator
 from typing import Any
-from uuid import UUID
 
 from redisflow.calls import Block, Read, command
 from redisflow.codec import read_event, read_flow
 from redisflow.errors import AlreadyTerminal, FlowNotFound
-from redisflow.flow import TERMINAL, Flow, FlowEvent, FlowStatus
+from redisflow.flow import TERMINAL, Flow, FlowEvent, FlowRef, FlowStatus
 from redisflow.ops.namespace import Namespace, Target, flow_id_of, partition_of, seconds_of, status_of
 from redisflow.ops.records import EVENTS_PAGE, require_event_id
 
@@ -20,9 +19,7 @@ _FOREVER_S = float("inf")
 class Watch:
     """The events of a flow as they happen, until the one that ends it or the timeout."""
 
-    def __init__(
-        self, namespace: Namespace, flow_id: UUID | str | Flow, after: str | None, timeout: float | None
-    ) -> None:
+    def __init__(self, namespace: Namespace, flow_id: FlowRef, after: str | None, timeout: float | None) -> None:
         """Check the inputs; `after=None` is from now on, `timeout` seconds."""
         self._namespace = namespace
         self._target = Target(flow_id_of(flow_id))
@@ -66,7 +63,7 @@ class Watch:
 
 
 def wait_for(
-    namespace: Namespace, flow_id: UUID | str | Flow, statuses: tuple[FlowStatus | str, ...], timeout: float | None
+    namespace: Namespace, flow_id: FlowRef, statuses: tuple[FlowStatus | str, ...], timeout: float | None
 ) -> Generator[Read | Block, Any, Flow]:
     """Wait until the flow is in one of `statuses`; by default, until it has ended."""
     target = Target(flow_id_of(flow_id))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime
 from typing import Any, NoReturn
 from uuid import UUID
@@ -22,7 +22,7 @@ from redisflow.errors import (
     OutcomeUnknown,
     RevisionMismatch,
 )
-from redisflow.flow import TERMINAL, Flow, FlowStatus
+from redisflow.flow import TERMINAL, Flow, FlowRef, FlowStatus
 from redisflow.keys import Keyspace, Partition, require_partitions, require_prefix
 from redisflow.waits import require_aware, to_us
 
@@ -77,14 +77,14 @@ class Target:
 
     flow_id: UUID
     base: StoredFlow | None = None
+    member: bytes = attrs.field()  # the id as keys and sets have it
 
-    @property
-    def member(self) -> bytes:
-        """The id as keys and sets have it."""
+    @member.default
+    def _text_of_id(self) -> bytes:
         return str(self.flow_id).encode()
 
 
-def target_of(flow: Flow | UUID | str) -> Target:
+def target_of(flow: FlowRef) -> Target:
     """Read a flow argument: a Flow, a UUID or its text.
 
     Raises:
@@ -95,11 +95,11 @@ def target_of(flow: Flow | UUID | str) -> Target:
         if base is None:
             return Target(flow_id_of(flow.id))
         if isinstance(base, StoredFlow):
-            return Target(base.flow_id, base)
+            return Target(base.flow_id, base, base.member)
     return Target(flow_id_of(flow))
 
 
-def flow_id_of(flow: Flow | UUID | str) -> UUID:
+def flow_id_of(flow: FlowRef) -> UUID:
     """Read a flow id given as a Flow, a UUID or its text."""
     if isinstance(flow, UUID):
         return flow
@@ -172,48 +172,43 @@ def expectation(target: Target, revision: object) -> tuple[bytes, bytes]:
     """
     if revision is None:
         return b"", b""
-    if whole_number("expected_revision", revision) < 0:
-        raise InvalidData(f"expected_revision must be 0 or more, not {revision!r}")
-    held = target.base is not None and target.base.revision == revision
-    return b"%d" % revision, target.base.etag if held and target.base is not None else b""  # type: ignore[str-bytes-safe]
+    number = whole_number("expected_revision", revision)
+    if number < 0:
+        raise InvalidData(f"expected_revision must be 0 or more, not {number}")
+    base = target.base
+    return b"%d" % number, base.etag if base is not None and base.revision == number else b""
 
 
 def raise_refusal(
-    reply: Sequence[Any], flow_id: UUID, op_id: str, *, expected: object = None, to: FlowStatus | None = None
+    reply: Sequence[Any], flow_id: UUID, op_id: str, *, expected: bytes = b"", to: FlowStatus | None = None
 ) -> NoReturn:
-    """Raise the error a script's refusal stands for."""
+    """Raise the error a script's refusal stands for.
+
+    Args:
+        reply: the tag and its facts.
+        flow_id: the flow refused.
+        op_id: the operation refused.
+        expected: the revision that was asked for.
+        to: the status it should have reached.
+    """
     tag, *facts = reply
-    raise refusal(tag, facts, flow_id, op_id, expected=expected, to=to)
-
-
-def refusal(
-    tag: bytes, facts: Sequence[bytes], flow_id: UUID, op_id: str, *, expected: object, to: FlowStatus | None
-) -> FlowError:
-    """The error a script's refusal stands for."""
-    match tag:
-        case b"ABSENT":
-            return FlowNotFound(flow_id)
-        case b"EXISTS":
-            return FlowExists(flow_id)
-        case b"UNKNOWN":
-            return OutcomeUnknown(op_id, f"flow {flow_id}: its trail no longer reaches back to the first attempt")
-        case b"STALE":
-            return RevisionMismatch(flow_id, int(expected), int(facts[0]))  # type: ignore[call-overload]  # STALE answers a number
-        case b"TERMINAL":
-            return AlreadyTerminal(flow_id, FlowStatus(facts[0].decode()))
-        case b"PENDING":
-            return CancelPending(flow_id)
-        case b"ILLEGAL" if to is not None:
-            return IllegalTransition(flow_id, FlowStatus(facts[0].decode()), to)
-        case b"NOT_INTEGER":
-            key = facts[0][2:].decode(errors="replace")
-            return InvalidData(f"flow {flow_id}: state[{key!r}] cannot be incremented: no 64-bit integer, or none after")
-        case b"NOT_MAPPING":
-            return InvalidData(f"flow {flow_id}: increment needs a state that is a mapping")
-        case b"CORRUPT":
-            field = facts[0].decode(errors="replace")
-            return InvalidData(f"flow {flow_id}, field {field!r}: stored bytes make no sense")
-    return InvalidData(f"flow {flow_id}: the script answered {tag!r}")
+    fact = facts[0].decode(errors="replace") if facts else ""
+    errors: dict[bytes, Callable[[], FlowError]] = {
+        b"ABSENT": lambda: FlowNotFound(flow_id),
+        b"EXISTS": lambda: FlowExists(flow_id),
+        b"UNKNOWN": lambda: OutcomeUnknown(op_id, f"flow {flow_id}: its trail ends after the first attempt"),
+        b"STALE": lambda: RevisionMismatch(flow_id, int(expected), int(fact)),
+        b"TERMINAL": lambda: AlreadyTerminal(flow_id, FlowStatus(fact)),
+        b"PENDING": lambda: CancelPending(flow_id),
+        b"ILLEGAL": lambda: IllegalTransition(flow_id, FlowStatus(fact), to or FlowStatus(fact)),
+        b"NOT_INTEGER": lambda: InvalidData(
+            f"flow {flow_id}: state[{fact[2:]!r}] cannot be incremented: it is no 64-bit integer, or its sum is not"
+        ),
+        b"NOT_MAPPING": lambda: InvalidData(f"flow {flow_id}: increment needs a state that is a mapping"),
+        b"CORRUPT": lambda: InvalidData(f"flow {flow_id}, field {fact!r}: stored bytes make no sense"),
+    }
+    error = errors[tag]()
+    raise error
 
 
 def partition_of(namespace: Namespace, target: Target) -> Partition:

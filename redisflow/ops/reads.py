@@ -14,7 +14,7 @@ import attrs
 from redisflow.calls import Command, Read, command
 from redisflow.codec import read_flow
 from redisflow.errors import InvalidData
-from redisflow.flow import Flow, FlowStatus
+from redisflow.flow import Flow, FlowRef, FlowStatus
 from redisflow.keys import Partition
 from redisflow.ops.namespace import (
     Namespace,
@@ -31,16 +31,14 @@ from redisflow.waits import require_name
 log = logging.getLogger("redisflow")
 
 
-def get(namespace: Namespace, flow_id: UUID | str | Flow) -> Generator[Read, Any, Flow | None]:
+def get(namespace: Namespace, flow_id: FlowRef) -> Generator[Read, Any, Flow | None]:
     """Read one flow; `None` if there is none."""
     target = Target(flow_id_of(flow_id))
     (flat,) = yield Read([hgetall(namespace, target)])
     return read_flow(target.flow_id, flat)
 
 
-def get_many(
-    namespace: Namespace, flow_ids: Iterable[UUID | str | Flow]
-) -> Generator[Read, Any, list[Flow | None]]:
+def get_many(namespace: Namespace, flow_ids: Iterable[FlowRef]) -> Generator[Read, Any, list[Flow | None]]:
     """Read flows by id, in the order given; `None` for each there is not."""
     targets = [Target(flow_id_of(flow_id)) for flow_id in flow_ids]
     if not targets:

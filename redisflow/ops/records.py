@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from typing import Any, TypeVar
-from uuid import UUID, uuid4
+from uuid import uuid4
 
 from redisflow import scripts
 from redisflow.calls import Call, Read, command
 from redisflow.codec import event_time, pack, read_event, read_step, step_head, step_tail, unpack
 from redisflow.errors import InvalidData
-from redisflow.flow import Flow, FlowEvent, FlowStep, FlowStepStatus, StepObservation, StepRuntime
+from redisflow.flow import FlowEvent, FlowRef, FlowStep, FlowStepStatus, StepObservation, StepRuntime
 from redisflow.ops.namespace import (
     Namespace,
     Target,
@@ -32,9 +32,9 @@ EVENTS_PAGE = 500
 
 def append_event(
     namespace: Namespace,
-    flow: Flow | UUID | str,
+    flow: FlowRef,
     kind: str,
-    payload: Any,  # noqa: ANN401 - the caller's
+    payload: Any,
     *,
     expected_revision: object,
     op_id: object,
@@ -52,7 +52,7 @@ def append_event(
         partition.slot,
         (partition.flow(target.member), partition.events(target.member)),
         (op.encode(), b"", b"" if op_id is None else b"1", *expected, kind_bytes, packed),
-        subject=f"flow {target.flow_id}",
+        flow_id=target.flow_id,
         op_id=op,
     )
     if reply[0] != b"OK":
@@ -69,9 +69,7 @@ def append_event(
     )
 
 
-def list_events(
-    namespace: Namespace, flow_id: UUID | str | Flow, limit: int | None
-) -> Generator[Read, Any, list[FlowEvent]]:
+def list_events(namespace: Namespace, flow_id: FlowRef, limit: int | None) -> Generator[Read, Any, list[FlowEvent]]:
     """The last events, newest first."""
     target = Target(flow_id_of(flow_id))
     limit = limit_of(limit)
@@ -79,16 +77,14 @@ def list_events(
         return []
     partition = partition_of(namespace, target)
     bound = () if limit is None else (b"COUNT", limit)
-    (entries,) = yield Read(
-        [command(partition, b"XREVRANGE", partition.events(target.member), b"+", b"-", *bound)]
-    )
+    (entries,) = yield Read([command(partition, b"XREVRANGE", partition.events(target.member), b"+", b"-", *bound)])
     return [read_event(target.flow_id, entry) for entry in entries]
 
 
 class Trail:
     """Every event of a flow, oldest first, a page at a time."""
 
-    def __init__(self, namespace: Namespace, flow_id: UUID | str | Flow, after: str | None) -> None:
+    def __init__(self, namespace: Namespace, flow_id: FlowRef, after: str | None) -> None:
         """Check the inputs; `after` is the id of the last event not wanted."""
         self._namespace = namespace
         self._target = Target(flow_id_of(flow_id))
@@ -174,7 +170,7 @@ def record_step_observation(
             b"step_observed",
             pack("payload", payload),
         ),
-        subject=f"flow {target.flow_id}",
+        flow_id=target.flow_id,
         op_id=op,
     )
     if reply[0] != b"OK":
@@ -184,12 +180,12 @@ def record_step_observation(
 
 def _member(what: str, kind: type[E], value: object) -> E:
     try:
-        return kind(value)
+        return kind(value)  # type: ignore[arg-type]  # what is no member raises
     except ValueError:
         raise InvalidData(f"not a {what}: {value!r}; one of {', '.join(kind)}") from None
 
 
-def list_steps(namespace: Namespace, flow_id: UUID | str | Flow) -> Generator[Read, Any, list[FlowStep]]:
+def list_steps(namespace: Namespace, flow_id: FlowRef) -> Generator[Read, Any, list[FlowStep]]:
     """Every step of a flow, oldest first."""
     target = Target(flow_id_of(flow_id))
     partition = partition_of(namespace, target)
@@ -198,9 +194,7 @@ def list_steps(namespace: Namespace, flow_id: UUID | str | Flow) -> Generator[Re
     return sorted(steps, key=lambda step: (step.created_at, step.run_id))
 
 
-def find_step_by_run_id(
-    namespace: Namespace, flow_id: UUID | str | Flow, run_id: str
-) -> Generator[Read, Any, FlowStep | None]:
+def find_step_by_run_id(namespace: Namespace, flow_id: FlowRef, run_id: str) -> Generator[Read, Any, FlowStep | None]:
     """One step of a flow; `None` if that run was never observed."""
     target = Target(flow_id_of(flow_id))
     partition = partition_of(namespace, target)

@@ -11,7 +11,7 @@ from uuid import UUID
 from redisflow import scripts
 from redisflow.calls import Batch, Call, Read, Refusal, command
 from redisflow.errors import FlowError, InvalidData, LayoutMismatch, StorageError
-from redisflow.flow import TERMINAL, Flow
+from redisflow.flow import TERMINAL, FlowRef
 from redisflow.keys import DEFAULT_PARTITIONS, LAYOUT_VERSION, meta_key
 from redisflow.ops.namespace import (
     TERMINAL_SPACED,
@@ -108,7 +108,7 @@ def _check_version(info: dict[str, str]) -> None:
 
 
 def delete(
-    namespace: Namespace, flow: Flow | UUID | str, *, expected_revision: object, op_id: object
+    namespace: Namespace, flow: FlowRef, *, expected_revision: object, op_id: object
 ) -> Generator[Any, Any, bool]:
     """Delete a flow, live or not, with every key of its. Returns whether there was one."""
     target = target_of(flow)
@@ -164,12 +164,12 @@ def _prune_page(namespace: Namespace, ids: list[bytes], before_us: int) -> Gener
     return sum(outcome == [b"OK"] for outcome in outcomes)
 
 
-def _owner_of(namespace: Namespace, target: Target) -> Any:  # noqa: ANN401 - a Command
+def _owner_of(namespace: Namespace, target: Target) -> Any:
     partition = partition_of(namespace, target)
     return command(partition, b"HGET", partition.flow(target.member), b"owner_session_key")
 
 
-def _delete_call(  # noqa: PLR0913 - what the script takes
+def _delete_call(
     namespace: Namespace,
     target: Target,
     owner: bytes,
@@ -193,6 +193,6 @@ def _delete_call(  # noqa: PLR0913 - what the script takes
             *partition.statuses,
         ),
         (op.encode(), b"", member, owner, *expected, *pruning),
-        subject=f"flow {target.flow_id}",
+        flow_id=target.flow_id,
         op_id=op,
     )

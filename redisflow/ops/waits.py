@@ -10,8 +10,8 @@ from uuid import UUID
 
 import attrs
 
-from redisflow.calls import Batch, Read, command
-from redisflow.codec import pack, read_flow
+from redisflow.calls import Batch, Read, Reply, command
+from redisflow.codec import pack_plain, plain, read_flow
 from redisflow.errors import (
     AlreadyTerminal,
     CancelPending,
@@ -21,8 +21,9 @@ from redisflow.errors import (
     InvalidData,
     RevisionMismatch,
 )
-from redisflow.flow import CANCEL, RESUME, Flow, FlowStatus
-from redisflow.ops.changes import Change, Transition, merging
+from redisflow.flow import CANCEL, RESUME, Flow, FlowRef, FlowStatus, Verb
+from redisflow.ops.changes import NO_CHANGE, Transition
+from redisflow.ops.fields import merging
 from redisflow.ops.namespace import Namespace, Target, target_of
 from redisflow.ops.reads import get, hgetall
 from redisflow.waits import ExternalEvent, from_us, require_aware, to_us
@@ -99,35 +100,44 @@ def _handle(namespace: Namespace, due: Sequence[UUID], now: datetime) -> Generat
     """Resume or cancel flows that the index has as due."""
     if not due:
         return TickReport()
-    errors = 0
     targets = [Target(flow_id) for flow_id in due]
     replies = yield Read([hgetall(namespace, target) for target in targets])
+    errors = 0
     endings: list[Transition] = []
-    for target, flat in zip(targets, replies, strict=True):
+    for target, stored in zip(targets, replies, strict=True):
         try:
-            flow = read_flow(target.flow_id, flat)
+            flow = read_flow(target.flow_id, stored)
             ending = None if flow is None else _ending(namespace, flow, now)
         except InvalidData as error:
             errors += 1
             log.error("a due flow cannot be handled: %s", error)  # noqa: TRY400 - the message says it all
         else:
             endings += [] if ending is None else [ending]
-    ended = {RESUME: 0, CANCEL: 0}
-    if endings:
-        outcomes = yield Batch([ending.call(namespace) for ending in endings])
-        for ending, outcome in zip(endings, outcomes, strict=True):
-            try:
-                if isinstance(outcome, FlowError):
-                    raise outcome
-                ending.read(outcome)
-            except _LOST_RACES:
-                continue
-            except FlowError as error:
-                errors += 1
-                log.error("a due flow could not be changed: %s", error)  # noqa: TRY400 - as above
-            else:
-                ended[ending.verb] += 1
-    return TickReport(scanned=len(due), resumed=ended[RESUME], cancelled=ended[CANCEL], errors=errors)
+    outcomes = (yield Batch([ending.call(namespace) for ending in endings])) if endings else []
+    ended = [_settled(ending, outcome) for ending, outcome in zip(endings, outcomes, strict=True)]
+    return TickReport(
+        scanned=len(due),
+        resumed=ended.count(RESUME),
+        cancelled=ended.count(CANCEL),
+        errors=errors + ended.count(None),
+    )
+
+
+_LOST = Verb("lost", None)
+
+
+def _settled(ending: Transition, outcome: Reply | FlowError) -> Verb | None:
+    """What an attempt to end a wait came to: its verb, a race lost, or `None` for an error."""
+    try:
+        if isinstance(outcome, FlowError):
+            raise outcome
+        ending.read(outcome)
+    except _LOST_RACES:
+        return _LOST
+    except FlowError as error:
+        log.error("a due flow could not be changed: %s", error)  # noqa: TRY400 - the message says it all
+        return None
+    return ending.verb
 
 
 def _ending(namespace: Namespace, flow: Flow, now: datetime) -> Transition | None:
@@ -136,7 +146,7 @@ def _ending(namespace: Namespace, flow: Flow, now: datetime) -> Transition | Non
         return None
     if flow.cancel_requested:
         return Transition.of(
-            namespace, target_of(flow), CANCEL, Change(), pack("payload", {}), expected_revision=None, op_id=None
+            namespace, target_of(flow), CANCEL, NO_CHANGE, pack_plain({}), expected_revision=None, op_id=None
         )
     condition = flow.condition
     if condition is None or condition.due is None or condition.due > now:
@@ -151,8 +161,8 @@ def _resuming(namespace: Namespace, flow: Flow, patch: dict[str, Any] | None, *,
         namespace,
         target_of(flow),
         RESUME,
-        merging("state_patch", patch),
-        pack("state_patch", {"state_patch": patch}, extra_depth=2),
+        merging(patch),
+        pack_plain({"state_patch": patch}),
         expected_revision=flow.revision,
         op_id=op_id,
     )
@@ -160,16 +170,16 @@ def _resuming(namespace: Namespace, flow: Flow, patch: dict[str, Any] | None, *,
 
 def try_resume_external(
     namespace: Namespace,
-    flow_id: UUID | str | Flow,
+    flow_id: FlowRef,
     topic: str,
     correlation_id: str,
-    payload: Any,  # noqa: ANN401 - the caller's
+    payload: Any,
     *,
     op_id: object = None,
 ) -> Generator[Any, Any, Flow | None]:
     """Resume a flow if it waits for just this event; `None` otherwise."""
     event = ExternalEvent(topic, correlation_id)
-    patch = None if payload is None else {"resume_event": payload}
+    patch = None if payload is None else {"resume_event": plain("payload", payload)}
     while True:
         flow = yield from get(namespace, flow_id)
         if flow is None or not _waits_for(flow, event):
@@ -197,7 +207,7 @@ def resume_waiters(
     namespace: Namespace,
     topic: str,
     correlation_id: str,
-    payload: Any,  # noqa: ANN401 - the caller's
+    payload: Any,
 ) -> Generator[Any, Any, list[Flow]]:
     """Resume every flow that waits for this event."""
     prefix = ExternalEvent(topic, correlation_id).waiter

@@ -1,0 +1,101 @@
+"""Creating flows."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from typing import Any
+from uuid import UUID, uuid4
+
+from redisflow import scripts
+from redisflow.calls import Call
+from redisflow.codec import (
+    StoredFlow,
+    pack,
+    plain,
+)
+from redisflow.flow import (
+    START_RUNNING,
+    Flow,
+    FlowStatus,
+)
+from redisflow.ops.fields import flat, found, state_fields
+from redisflow.ops.namespace import (
+    Namespace,
+    Target,
+    flow_id_of,
+    op_id_of,
+    partition_of,
+    raise_refusal,
+)
+from redisflow.waits import require_name
+
+GOAL_LIMIT_BYTES = 64 * 1024
+
+
+def create(
+    namespace: Namespace,
+    *,
+    mirrored: bool,
+    controller_id: str,
+    goal: str,
+    owner_session_key: str,
+    requester_origin: str,
+    current_step: str,
+    state: Any,
+    flow_id: UUID | str | None,
+    exist_ok: bool,
+    op_id: object,
+) -> Generator[Call, Any, Flow]:
+    """Create a flow: `created`, or running at once where it mirrors work that has begun elsewhere."""
+    op = op_id_of(op_id)
+    target = Target(uuid4() if flow_id is None else flow_id_of(flow_id))
+    owner = require_name("owner_session_key", owner_session_key)
+    status = FlowStatus.RUNNING if mirrored else FlowStatus.CREATED
+    fields = {
+        b"controller_id": require_name("controller_id", controller_id),
+        b"goal": require_name("goal", goal, limit=GOAL_LIMIT_BYTES),
+        b"owner_session_key": owner,
+        b"requester_origin": require_name("requester_origin", requester_origin),
+        b"current_step": require_name("current_step", current_step),
+        b"status": status.value.encode(),
+        b"cancel_requested": b"0",
+    }
+    initial = state_fields({} if state is None else plain("state", state))
+    fields |= initial
+    origin = {"controller_id": controller_id, "goal": goal, "current_step": current_step}
+    events = [b"created", pack("payload", origin)]
+    if mirrored:
+        events += [START_RUNNING.kind.encode(), pack("payload", {})]
+    namespace.require_room("state", initial.values())
+
+    partition = partition_of(namespace, target)
+    reply = yield Call(
+        scripts.CREATE,
+        partition.slot,
+        (
+            partition.flow(target.member),
+            partition.events(target.member),
+            partition.owner(owner),
+            partition.status(status),
+        ),
+        (
+            op.encode(),
+            b"",
+            b"" if op_id is None else b"1",
+            target.member,
+            owner if exist_ok else b"",
+            b"%d" % (len(events) // 2),
+            *events,
+            *flat(fields),
+        ),
+        flow_id=target.flow_id,
+        op_id=op,
+    )
+    match reply:
+        case [b"OK", revision, created_at]:
+            fields |= {b"revision": b"%d" % revision, b"etag": op.encode()}
+            fields |= {b"created_at": created_at, b"updated_at": created_at}
+            return Flow.from_stored(StoredFlow(target.flow_id, target.member, fields))
+        case [b"FLOW", stored]:
+            return found(target.flow_id, stored)
+    return raise_refusal(reply, target.flow_id, op)

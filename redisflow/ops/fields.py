@@ -1,0 +1,134 @@
+"""A flow's hash fields: what a value becomes, and what a change does to them here as in the script."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+from uuid import UUID
+
+import attrs
+
+from redisflow.codec import (
+    STATE_PREFIX,
+    WHOLE_STATE,
+    StoredFlow,
+    encode_plain,
+    pack_plain,
+    plain,
+    read_flow,
+    stamped,
+)
+from redisflow.errors import FlowNotFound, InvalidData
+from redisflow.flow import (
+    Flow,
+    FlowStatus,
+)
+from redisflow.waits import AnyWait, parse_wait, to_us, wire_form
+
+Fields = dict[bytes, bytes]
+_NO_STAMP = (b"", b"", b"")
+
+
+@attrs.frozen
+class Change:
+    """What a verb does beside moving the status: the same for the script and for the caller's copy.
+
+    Attributes:
+        fields: hash fields to set.
+        merge: what becomes of the state: nothing, `patch` or `replace`.
+        unset, increments: state fields to delete, and to add to.
+        due_at, waiter: the index entries of a new wait; empty for none.
+        wake: have an engine look at the flow at once, if it stays waiting.
+        stamp: a field whose value holds the time of the change: name, head, tail.
+    """
+
+    fields: Fields = attrs.field(factory=dict)
+    merge: bytes = b""
+    unset: Sequence[bytes] = ()
+    increments: Mapping[bytes, int] = attrs.field(factory=dict)
+    due_at: bytes = b""
+    waiter: bytes = b""
+    wake: bytes = b""
+    stamp: tuple[bytes, bytes, bytes] = _NO_STAMP
+
+    def applied(self, base: StoredFlow, target: FlowStatus | None, op: str, reply: Sequence[bytes]) -> StoredFlow:
+        """What the script made of `base`, which was current."""
+        _, revision, updated_at, _ = reply
+        fields = dict(base.fields)
+        if target is not None and fields[b"status"] == b"waiting":
+            fields.pop(b"wait", None)
+            fields.pop(b"waiter", None)
+        if self.merge == b"replace":
+            fields = {field: value for field, value in fields.items() if not is_state(field)}
+        elif self.merge:
+            fields.pop(WHOLE_STATE, None)
+        for field in self.unset:
+            fields.pop(field, None)
+        for field, delta in self.increments.items():
+            fields[field] = b"%d" % (int(fields.get(field, b"0")) + delta)
+        fields.update(self.fields)
+        if target is not None:
+            fields[b"status"] = target.value.encode()
+        fields[b"revision"] = revision
+        fields[b"etag"] = op.encode()
+        fields[b"updated_at"] = updated_at
+        name, head, tail = self.stamp
+        if name:
+            fields[name] = stamped(head, updated_at, tail)
+        return StoredFlow(base.flow_id, base.member, fields)
+
+
+def flat(fields: Mapping[bytes, bytes]) -> Iterable[bytes]:
+    """Fields and values as a script's arguments."""
+    for pair in fields.items():
+        yield from pair
+
+
+def found(flow_id: UUID, stored: Sequence[bytes]) -> Flow:
+    """The flow in a script's reply."""
+    flow = read_flow(flow_id, stored)
+    if flow is None:
+        raise FlowNotFound(flow_id)
+    return flow
+
+
+def is_state(field: bytes) -> bool:
+    """Whether a hash field holds state."""
+    return field == WHOLE_STATE or field.startswith(STATE_PREFIX)
+
+
+def state_field(key: object) -> bytes:
+    """The hash field of a top-level state key."""
+    if not isinstance(key, str):
+        raise InvalidData(f"state keys must be strings, not {key!r}")
+    try:
+        return STATE_PREFIX + key.encode()
+    except UnicodeEncodeError:
+        raise InvalidData(f"state key {key!r} holds a lone surrogate") from None
+
+
+def state_fields(state: Any) -> Fields:
+    """The hash fields of a whole state, or of a patch; plain values."""
+    if not isinstance(state, dict):
+        return {WHOLE_STATE: encode_plain(state)}
+    return {STATE_PREFIX + key.encode(): encode_plain(value) for key, value in state.items()}
+
+
+def merging(patch: Any) -> Change:
+    """The shallow merge of a patch: keys into keys, anything else in place of the whole state; plain values."""
+    if patch is None:
+        return Change()
+    return Change(state_fields(patch), b"patch" if isinstance(patch, dict) else b"replace")
+
+
+def entering_wait(wait: AnyWait) -> tuple[Any, Change]:
+    """The wire form of a wait, and what stores and indexes it."""
+    condition = parse_wait(wait)
+    wire = plain("wait", wire_form(wait))
+    fields = {b"wait": pack_plain(wire)}
+    if condition is None:
+        return wire, Change(fields)
+    if condition.waiter:
+        fields[b"waiter"] = condition.waiter
+    due_at = b"" if condition.due is None else b"%d" % to_us(condition.due)
+    return wire, Change(fields, due_at=due_at, waiter=condition.waiter)

@@ -1,0 +1,155 @@
+"""The primitive under the verbs: write a whole flow back, if it is still the version that was read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from typing import Any
+
+import attrs
+
+from redisflow.calls import Call
+from redisflow.codec import (
+    WHOLE_STATE,
+    event_time,
+    pack,
+    plain,
+    unpack,
+)
+from redisflow.errors import FlowNotFound, InvalidData, RevisionMismatch
+from redisflow.flow import (
+    Flow,
+    FlowEvent,
+    FlowRef,
+    FlowStatus,
+    Verb,
+)
+from redisflow.ops.changes import Transition, row
+from redisflow.ops.fields import (
+    Change,
+    entering_wait,
+    is_state,
+    state_fields,
+)
+from redisflow.ops.namespace import (
+    Namespace,
+    Target,
+    flow_id_of,
+    op_id_of,
+    status_of,
+    target_of,
+    whole_number,
+)
+from redisflow.ops.reads import get
+from redisflow.waits import require_name
+
+_IDENTITY = ("id", "controller_id", "goal", "owner_session_key", "requester_origin", "created_at")
+
+
+def update_and_append(
+    namespace: Namespace,
+    flow: Flow,
+    kind: str,
+    payload: Any,
+    *,
+    expected_revision: object,
+    op_id: object,
+) -> Generator[Call, Any, tuple[Flow, FlowEvent]]:
+    """Write the mutable fields of `flow` if its revision is still the stored one."""
+    if not isinstance(flow, Flow):
+        raise InvalidData(f"update_and_append takes a Flow, not {type(flow).__name__}")
+    require_name("kind", kind)
+    target = target_of(flow)
+    revision = whole_number("flow.revision", flow.revision)
+    if expected_revision is not None and whole_number("expected_revision", expected_revision) != revision:
+        raise RevisionMismatch(target.flow_id, int(str(expected_revision)), revision)
+    packed = pack("payload", {} if payload is None else payload)
+    verb, sources = _verb(kind, status_of(flow.status))
+    change = _rewriting(flow, target)
+    namespace.require_room("the change", (packed, *change.fields.values()))
+    transition = Transition(
+        target=target,
+        verb=verb,
+        row=row(verb, sources),
+        change=change,
+        payload=packed,
+        expected=(b"%d" % revision, require_name("flow.etag", flow.etag)),
+        op=op_id_of(op_id),
+        brought_op=op_id is not None,
+    )
+    reply = yield transition.call(namespace)
+    updated = transition.read(reply)
+    event_revision, event_id = (reply[1], reply[3]) if reply[0] == b"OK" else (reply[3], reply[2])
+    return updated, FlowEvent(
+        id=event_id.decode(),
+        flow_id=target.flow_id,
+        revision=int(event_revision),
+        kind=kind,
+        payload=unpack(packed),
+        at=event_time(event_id.decode()) if event_id else updated.updated_at,
+        op_id=transition.op,
+    )
+
+
+def _verb(kind: str, status: FlowStatus) -> tuple[Verb, frozenset[FlowStatus]]:
+    """The verb that leads to `status`, or stays in it, and where it may start from."""
+    verb = Verb(kind, status, when_cancel_pending="allow" if status is FlowStatus.CANCELLED else "refuse")
+    return verb, verb.sources | (frozenset() if status.is_terminal else {status})
+
+
+def _rewriting(flow: Flow, target: Target) -> Change:
+    """The change that makes the stored flow what `flow` is."""
+    base = target.base
+    if base is not None:
+        for name in _IDENTITY:
+            if getattr(flow, name) != base.read(name):
+                raise InvalidData(f"flow {target.flow_id}: {name} never changes after creation")
+    change = Change()
+    if status_of(flow.status) is FlowStatus.WAITING:
+        if flow.wait is None:
+            raise InvalidData(f"flow {target.flow_id}: a waiting flow needs a wait")
+        _, change = entering_wait(flow.wait)
+    change.fields[b"current_step"] = require_name("current_step", flow.current_step)
+    if flow.cancel_requested:
+        change.fields[b"cancel_requested"] = b"1"
+        change = attrs.evolve(change, wake=b"1")
+    state = state_fields(plain("state", flow.state))
+    current = base is not None and base.etag == flow.etag.encode() and base.revision == flow.revision
+    if base is not None and current and WHOLE_STATE not in base.fields and WHOLE_STATE not in state:
+        # The compare makes sure that the base is what is stored: send what differs from it.
+        old = {field: value for field, value in base.fields.items() if is_state(field)}
+        change.fields.update({field: value for field, value in state.items() if old.get(field) != value})
+        return attrs.evolve(change, unset=[field for field in old if field not in state])
+    change.fields.update(state)
+    return attrs.evolve(change, merge=b"replace")
+
+
+def mutate(
+    namespace: Namespace,
+    flow_id: FlowRef,
+    fn: Callable[[Flow], Flow],
+    *,
+    kind: str,
+    payload: Any,
+    retries: int,
+    expected_revision: int | None,
+    op_id: object,
+) -> Generator[Any, Any, Flow]:
+    """Read, apply `fn`, compare and write; again from the read when another writer won."""
+    target = Target(flow_id_of(flow_id))
+    for left in range(max(0, whole_number("retries", retries)), -1, -1):
+        flow = yield from get(namespace, target.flow_id)
+        if flow is None:
+            raise FlowNotFound(target.flow_id)
+        changed: object = fn(flow)
+        if not isinstance(changed, Flow) or changed.id != target.flow_id:
+            raise InvalidData(f"flow {target.flow_id}: fn must return that flow, changed, not {type(changed).__name__}")
+        try:
+            updated, _ = yield from update_and_append(
+                namespace, changed, kind, payload, expected_revision=expected_revision, op_id=op_id
+            )
+        except RevisionMismatch:
+            if left == 0 or expected_revision is not None:
+                raise
+        else:
+            return updated
+    raise AssertionError  # the last round returned or raised
