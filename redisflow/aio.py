@@ -204,15 +204,13 @@ class AsyncFlowManager:
 
     async def list_by_owner(self, owner: str, *, limit: int | None = None) -> list[Flow]:
         """The flows of an owner, newest first. A damaged flow is left out and logged."""
-        return await self.perform(reads.list_flows(reads.Listing(self.namespace, owner=owner, limit=limit)))
+        return await self.perform(reads.list_by_owner(self.namespace, owner, limit))
 
     async def list_by_status(
         self, status: FlowStatus | str, *, limit: int | None = None, updated_before: datetime | None = None
     ) -> list[Flow]:
         """The flows in a status, the longest unchanged first. A damaged flow is left out and logged."""
-        return await self.perform(
-            reads.list_flows(reads.Listing(self.namespace, status=status, limit=limit, updated_before=updated_before))
-        )
+        return await self.perform(reads.list_by_status(self.namespace, status, limit, updated_before))
 
     def iter_by_owner(self, owner: str, *, page: int = 500) -> AsyncIterator[Flow]:
         """Every flow of an owner, newest first, `page` at a time in memory."""

@@ -35,6 +35,7 @@ class AsyncWire:
         self._idle: deque[Any] = deque()
         self._idle_blocking: deque[Any] = deque()
         self._slots = asyncio.Semaphore(max_connections)
+        self._closed = False
 
     async def exchange(self, packet: Packet) -> list[Reply]:
         """Send a packet and read a reply for each command.
@@ -72,7 +73,8 @@ class AsyncWire:
         await asyncio.sleep(seconds)
 
     async def close(self) -> None:
-        """Close every idle connection, and leave an embedded server."""
+        """Close every connection, those in use once they are idle, and leave an embedded server."""
+        self._closed = True
         await self._drop(self._idle)
         await self._drop(self._idle_blocking)
         if self._endpoint.lease is not None:
@@ -100,6 +102,8 @@ class AsyncWire:
                 await self._drop(idle)  # what broke one connection has most likely broken the idle ones
             raise
         idle.append(connection)
+        if self._closed:
+            await self._drop(idle)
         return replies
 
 

@@ -79,7 +79,6 @@ def run(arguments: Sequence[str] | None = None) -> int:
     _prepare_output()
     try:
         outcome = redisflow.main(arguments, prog_name="redisflow", standalone_mode=False)
-        sys.stdout.flush()
     except click.ClickException as error:
         error.show()
         return error.exit_code
@@ -87,13 +86,21 @@ def run(arguments: Sequence[str] | None = None) -> int:
         return _complain(str(error), exit_code(error))
     except (KeyboardInterrupt, click.Abort):
         return _INTERRUPTED
-    except OSError as error:
-        # What is left in the buffer would be written, and complained about, once more at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if isinstance(error, BrokenPipeError):
-            return _OUTPUT_CLOSED
-        return _complain(str(error), _STORAGE)
     return outcome if isinstance(outcome, int) else 0
+
+
+class _Commands(click.Group):
+    """The commands; output that cannot be written ends each of them the same way."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            outcome = super().invoke(ctx)
+            sys.stdout.flush()
+        except OSError as error:
+            # What is left in the buffer would be written, and complained about, once more at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return _OUTPUT_CLOSED if isinstance(error, BrokenPipeError) else _complain(str(error), _STORAGE)
+        return outcome
 
 
 def _prepare_output() -> None:
@@ -176,6 +183,7 @@ _flow_id = click.argument("flow_id", metavar="ID", type=click.UUID)
 
 
 @click.group(
+    cls=_Commands,
     epilog=_EPILOG,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )

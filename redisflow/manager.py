@@ -228,7 +228,7 @@ class FlowManager:
 
     def list_by_owner(self, owner: str, *, limit: int | None = None) -> list[Flow]:
         """The flows of an owner, newest first. A damaged flow is left out and logged."""
-        return self.perform(reads.list_flows(reads.Listing(self.namespace, owner=owner, limit=limit)))
+        return self.perform(reads.list_by_owner(self.namespace, owner, limit))
 
     def list_by_status(
         self, status: FlowStatus | str, *, limit: int | None = None, updated_before: datetime | None = None
@@ -240,9 +240,7 @@ class FlowManager:
             limit: how many at most; `None` for all, below 1 for none.
             updated_before: only flows last changed before this aware datetime: the quiet ones.
         """
-        return self.perform(
-            reads.list_flows(reads.Listing(self.namespace, status=status, limit=limit, updated_before=updated_before))
-        )
+        return self.perform(reads.list_by_status(self.namespace, status, limit, updated_before))
 
     def iter_by_owner(self, owner: str, *, page: int = 500) -> Iterator[Flow]:
         """Every flow of an owner, newest first, `page` at a time in memory."""
@@ -253,7 +251,7 @@ class FlowManager:
     ) -> Iterator[Flow]:
         """Every flow in a status, the longest unchanged first, `page` at a time in memory.
 
-        A flow that changes while this goes on may be missed where it was, and met where it went.
+        A flow that changes while this goes on may be missed; none is met twice.
         """
         return self._pages(reads.Listing(self.namespace, status=status, page=page, updated_before=updated_before))
 

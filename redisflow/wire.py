@@ -88,6 +88,7 @@ class Wire:
         self._idle: deque[Any] = deque()
         self._idle_blocking: deque[Any] = deque()
         self._slots = threading.BoundedSemaphore(self._max_connections)
+        self._closed = False
 
     def exchange(self, packet: Packet) -> list[Reply]:
         """Send a packet and read a reply for each command.
@@ -119,7 +120,8 @@ class Wire:
         time.sleep(seconds)
 
     def close(self) -> None:
-        """Close every idle connection, and leave an embedded server."""
+        """Close every connection, those in use once they are idle, and leave an embedded server."""
+        self._closed = True
         self._drop(self._idle)
         self._drop(self._idle_blocking)
         if self._endpoint.lease is not None:
@@ -144,6 +146,8 @@ class Wire:
                 self._drop(idle)  # what broke one connection has most likely broken the idle ones
             raise
         idle.append(connection)
+        if self._closed:
+            self._drop(idle)
         return replies
 
 

@@ -30,6 +30,8 @@ from redisflow.waits import require_name
 
 log = logging.getLogger("redisflow")
 
+_ALL = 2**31  # as one page: a listing without a limit is one look at each set
+
 
 def get(namespace: Namespace, flow_id: FlowRef) -> Generator[Read, Any, Flow | None]:
     """Read one flow; `None` if there is none."""
@@ -95,7 +97,11 @@ class _Source:
 
 
 class Listing:
-    """The flows of an owner or a status over all partitions, merged in order, a page at a time."""
+    """The flows of an owner or a status over all partitions, merged in order, a page at a time.
+
+    A change moves a flow to the end of its status. So that a listing comes to its end while flows go on changing,
+    and meets none of them twice, its later pages leave out what has changed since the first was read.
+    """
 
     def __init__(
         self,
@@ -104,21 +110,17 @@ class Listing:
         owner: str | None = None,
         status: FlowStatus | str | None = None,
         updated_before: datetime | None = None,
-        limit: int | None = None,
         page: int = 500,
     ) -> None:
         """Check the inputs. Either `owner` or `status` is given."""
         self._namespace = namespace
         self._owner = None if owner is None else require_name("owner_session_key", owner)
         self._status = None if status is None else status_of(status)
-        self._newest_first = status is None
-        self._upper = score_before("updated_before", updated_before)
-        self.limit = limit_of(limit)
+        self._end = b"-inf" if status is None else score_before("updated_before", updated_before)
         self._page = whole_number("page", page)
         if self._page < 1:
             raise InvalidData(f"page must be 1 or more, not {page!r}")
-        self._page = min(self._page, self.limit or self._page)
-        self._sources: list[_Source] | None = None
+        self._sources: list[_Source] = []
 
     def next_page(self) -> Generator[Read, Any, list[Flow] | None]:
         """The next flows in order; `None` after the last."""
@@ -136,25 +138,34 @@ class Listing:
 
     def next_ids(self) -> Generator[Read, Any, list[bytes]]:
         """The next ids in order; none after the last."""
-        if self._sources is None:
+        if not self._sources:
             self._sources = [self._source(partition) for partition in self._namespace.keyspace.partitions]
         ids: list[bytes] = []
         while len(ids) < self._page:
-            empty = [source for source in self._sources if not source.buffer and not source.exhausted]
-            if empty:
-                count = 2 * (self._page - len(ids)) // len(self._sources) + 8
-                end = b"-inf" if self._newest_first else self._upper
-                replies = yield Read([s.ask(count, end, newest_first=self._newest_first) for s in empty])
-                for source, flat in zip(empty, replies, strict=True):
-                    source.take(flat)
+            drained = [source for source in self._sources if not source.buffer and not source.exhausted]
+            if drained:
+                yield from self._refill(drained, self._page - len(ids))
             heads = [source for source in self._sources if source.buffer]
-            if not heads:
-                if all(source.exhausted for source in self._sources):
-                    break
-                continue
-            pick = max if self._newest_first else min
-            ids.append(pick(heads, key=lambda source: source.buffer[0]).buffer.popleft()[1])
+            if heads:
+                first = min(heads, key=self._rank)
+                ids.append(first.buffer.popleft()[1])
+            elif all(source.exhausted for source in self._sources):
+                break
         return ids
+
+    def _rank(self, source: _Source) -> float:
+        score = source.buffer[0][0]
+        return -score if self._status is None else score
+
+    def _refill(self, sources: list[_Source], wanted: int) -> Generator[Read, Any, None]:
+        """Read the next piece of some sets: a fair share of what is wanted, with room for an uneven spread."""
+        count = 2 * wanted // len(self._sources) + 8
+        asks = [source.ask(count, self._end, newest_first=self._status is None) for source in sources]
+        (seconds, micros), *replies = yield Read([command(None, b"TIME"), *asks])
+        for source, flat in zip(sources, replies, strict=True):
+            source.take(flat)
+        if self._end == b"+inf":
+            self._end = b"%d%06d" % (int(seconds), int(micros))
 
     def _source(self, partition: Partition) -> _Source:
         if self._owner is not None:
@@ -164,15 +175,28 @@ class Listing:
         return _Source(partition, partition.status(self._status), b"-inf")
 
 
-def list_flows(listing: Listing) -> Generator[Read, Any, list[Flow]]:
-    """The first flows of a listing, up to its limit."""
+def list_by_owner(namespace: Namespace, owner: str, limit: int | None) -> Generator[Read, Any, list[Flow]]:
+    """The flows of an owner, newest first."""
+    limit = limit_of(limit)
+    return _first(Listing(namespace, owner=owner, page=limit or _ALL), limit)
+
+
+def list_by_status(
+    namespace: Namespace, status: FlowStatus | str, limit: int | None, updated_before: datetime | None
+) -> Generator[Read, Any, list[Flow]]:
+    """The flows in a status, the longest unchanged first."""
+    limit = limit_of(limit)
+    return _first(Listing(namespace, status=status, updated_before=updated_before, page=limit or _ALL), limit)
+
+
+def _first(listing: Listing, limit: int | None) -> Generator[Read, Any, list[Flow]]:
     flows: list[Flow] = []
-    while listing.limit is None or len(flows) < listing.limit:
+    while limit is None or len(flows) < limit:
         page = yield from listing.next_page()
         if page is None:
             break
         flows += page
-    return flows[: listing.limit]
+    return flows[:limit]
 
 
 def _listed(target: Target, flat: Sequence[bytes]) -> Flow | None:
