@@ -1,20 +1,17 @@
 -- Appends an audit entry; the flow itself does not change.
 --
 -- KEYS  1 flow  2 events
--- ARGV  1 op              id of this operation: stands in the event
---       2 span_ms         '' on the first attempt, else milliseconds since it
---       3 deep            '1' if the caller brought the op
---       4 revision, 5 etag the flow must have; '' for any
---       6 kind  7 payload
+-- ARGV  1 op          id of this operation: stands in the event
+--       2 look        whether to look for the op first, see look_back
+--       3 expected    '<revision>' or '<revision> <etag>' the flow must have, '' for any
+--       4 kind  5 payload
 -- REPLY OK event_id revision | ABSENT | UNKNOWN | STALE revision
 local flow_key, events_key = KEYS[1], KEYS[2]
-local op, span_ms, deep, expected_revision, expected_etag, kind, payload = unpack(ARGV, 1, 7)
+local op, look, expected, kind, payload = unpack(ARGV, 1, 5)
 
---- include: look_back.lua
 --- include: audit_guard.lua
 
-local revision, refusal, entry =
-  audit_guard(flow_key, events_key, op, span_ms, deep, expected_revision, expected_etag)
+local revision, refusal, entry = audit_guard(flow_key, events_key, op, look, expected)
 if entry then
   return {'OK', entry[1], entry[2][2]}
 elseif refusal then

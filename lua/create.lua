@@ -1,25 +1,22 @@
 -- Creates a flow and appends the events that say so.
 --
 -- KEYS  1 flow  2 events  3 owner set  4 status set
--- ARGV  1 op              id of this operation: becomes the flow's etag, stands in the events
---       2 span_ms         '' on the first attempt, else milliseconds since it
---       3 deep            '1' if the caller brought the op
---       4 flow_id
---       5 owner           the owner whose flow of this id is answered if it exists, '' to refuse
---       6 n_events; then kind and payload pairs, field and value pairs
--- REPLY OK revision created_at | FLOW fields (created before) | EXISTS | UNKNOWN
+-- ARGV  1 op          id of this operation: becomes the flow's etag, stands in the events
+--       2 look        whether to look for the op first, see look_back
+--       3 flow_id
+--       4 owner       the owner whose flow of this id is answered if it exists, '' to refuse
+--       5 n_events; then kind and payload pairs, field and value pairs
+-- REPLY created_at | FLOW fields (created before) | EXISTS | UNKNOWN
 local flow_key, events_key, owner_key, status_key = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
-local op, span_ms, deep, flow_id, owner = unpack(ARGV, 1, 5)
-local n_events = tonumber(ARGV[6])
-local fields_from = 7 + 2 * n_events
-
---- include: look_back.lua
+local op, look, flow_id, owner, n_events = unpack(ARGV, 1, 5)
+local fields_from = 6 + 2 * n_events
 
 if redis.call('HLEN', flow_key) > 0 then
   local etag, found_owner = unpack(redis.call('HMGET', flow_key, 'etag', 'owner_session_key'), 1, 2)
   local verdict = etag == op and 'FOUND'
-  if not verdict and (span_ms ~= '' or deep ~= '') then
-    verdict = look_back(events_key, op, span_ms, deep ~= '')
+  if not verdict and look ~= '' then
+    --- include: look_back.lua
+    verdict = look_back(events_key, op, look)
   end
   if verdict == 'FOUND' or (owner ~= '' and owner == found_owner) then
     return {'FLOW', redis.call('HGETALL', flow_key)}
@@ -46,7 +43,7 @@ redis.call(
 redis.call('ZADD', owner_key, created_at, flow_id)
 redis.call('ZADD', status_key, created_at, flow_id)
 for event = 0, revision do
-  local kind, payload = unpack(ARGV, 7 + 2 * event, 8 + 2 * event)
+  local kind, payload = unpack(ARGV, 6 + 2 * event, 7 + 2 * event)
   redis.call('XADD', events_key, '*', 'rev', event, 'kind', kind, 'op', op, 'payload', payload)
 end
-return {'OK', revision, created_at}
+return created_at

@@ -2,16 +2,16 @@
 --
 -- KEYS  1 flow  2 events  3 steps  4 owner set  5 due  6 waiters
 --       7-12 status sets: created running waiting finished failed cancelled
--- ARGV  1 op              id of this operation; it leaves no trace once the flow is gone
---       2 span_ms         '' on the first attempt, else milliseconds since it
+-- ARGV  1 op          id of this operation; it leaves no trace once the flow is gone
+--       2 look        '' for a first attempt
 --       3 flow_id
---       4 owner           whose set KEYS 4 is
---       5 revision, 6 etag the flow must have; '' for any
---       7 terminal        '' to delete any flow, else only one in these statuses, each between spaces,
---       8 before          and last changed before this, in microseconds
+--       4 owner       whose set KEYS 4 is
+--       5 expected    '<revision>' or '<revision> <etag>' the flow must have, '' for any
+--       6 terminal    '' to delete any flow, else only one in these statuses, each between spaces,
+--       7 before      and last changed before this, in microseconds
 -- REPLY OK | ABSENT | STALE revision | KEPT | MOVED (another owner's by now)
 local flow_key, events_key, steps_key, owner_key, due_key, waiters_key = unpack(KEYS, 1, 6)
-local span_ms, flow_id, owner, expected_revision, expected_etag, terminal, before = unpack(ARGV, 2, 8)
+local look, flow_id, owner, expected, terminal, before = unpack(ARGV, 2, 7)
 local status_keys = {unpack(KEYS, 7, 12)}
 
 local stored =
@@ -19,13 +19,13 @@ local stored =
 local found_owner, revision, etag, status, updated_at, waiter = unpack(stored, 1, 6)
 if not found_owner then
   -- The caller saw it before its first attempt: gone by a resend, that attempt deleted it.
-  return {span_ms == '' and 'ABSENT' or 'OK'}
+  return {string.find(look, '%d') and 'OK' or 'ABSENT'}
 end
 if found_owner ~= owner then
   return {'MOVED'}
 end
-if expected_revision ~= '' and revision ~= expected_revision or expected_etag ~= '' and etag ~= expected_etag then
-  return {'STALE', revision}
+if expected ~= '' and expected ~= revision and expected ~= (revision or '') .. ' ' .. (etag or '') then
+  return {'STALE', revision or '0'}
 end
 if terminal ~= '' then
   local ended = status and string.find(terminal, ' ' .. status .. ' ', 1, true)

@@ -5,21 +5,18 @@
 -- digits: 17 bytes), updated_at (17 bytes), child_session_key (nil or text), then the rest as it came.
 --
 -- KEYS  1 flow  2 events  3 steps
--- ARGV  1 op              id of this operation: stands in the event
---       2 span_ms         '' on the first attempt, else milliseconds since it
---       3 deep            '1' if the caller brought the op
---       4 revision, 5 etag the flow must have; '' for any
---       6 run_id
---       7 head            array header and id, for a step that is new
---       8 child           child_session_key, packed
---       9 tail            the other fields, packed
---      10 kind  11 payload
+-- ARGV  1 op          id of this operation: stands in the event
+--       2 look        whether to look for the op first, see look_back
+--       3 expected    '<revision>' or '<revision> <etag>' the flow must have, '' for any
+--       4 run_id
+--       5 head        array header and id, for a step that is new
+--       6 child       child_session_key, packed
+--       7 tail        the other fields, packed
+--       8 kind  9 payload
 -- REPLY OK step | ABSENT | UNKNOWN | STALE revision | CORRUPT field
 local flow_key, events_key, steps_key = KEYS[1], KEYS[2], KEYS[3]
-local op, span_ms, deep, expected_revision, expected_etag = unpack(ARGV, 1, 5)
-local run_id, head, child, tail, kind, payload = unpack(ARGV, 6, 11)
+local op, look, expected, run_id, head, child, tail, kind, payload = unpack(ARGV, 1, 9)
 
---- include: look_back.lua
 --- include: audit_guard.lua
 
 local NIL = '\192'
@@ -40,8 +37,7 @@ local function packed_text(bytes, from)
   return string.sub(bytes, from, from + length - 1)
 end
 
-local revision, refusal, entry =
-  audit_guard(flow_key, events_key, op, span_ms, deep, expected_revision, expected_etag)
+local revision, refusal, entry = audit_guard(flow_key, events_key, op, look, expected)
 if refusal then
   return refusal
 end

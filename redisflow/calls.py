@@ -25,8 +25,8 @@ class Call:
     """One run of a script.
 
     Attributes:
-        args: its ARGV; those of a changing operation begin with op, span_ms, deep.
-        op_id: the operation's id; empty where running it twice is the same as once.
+        args: its ARGV: op and look first.
+        op_id: the operation's id.
         flow_id: the flow it is about.
     """
 
@@ -35,7 +35,7 @@ class Call:
     keys: Sequence[bytes]
     args: Sequence[bytes]
     flow_id: UUID
-    op_id: str = ""
+    op_id: str
 
     @property
     def subject(self) -> str:
@@ -44,8 +44,8 @@ class Call:
 
     def args_after(self, span_ms: int) -> Sequence[bytes]:
         """The ARGV of a resend whose first attempt was `span_ms` milliseconds ago."""
-        op, _, *rest = self.args
-        return (op, b"%d" % span_ms, *rest)
+        op, look, *rest = self.args
+        return (op, b"%b%d" % (look, span_ms), *rest)
 
 
 @attrs.frozen(eq=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import io
 import itertools
 import json
@@ -106,7 +107,7 @@ class _Commands(click.Group):
 def _prepare_output() -> None:
     """Make what is printed safe to print, and warnings one line like errors."""
     if sys.stdout is None:  # closed by whoever started us
-        sys.stdout = Path(os.devnull).open("w")
+        sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115 - open to the end
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -176,6 +177,13 @@ def _expected_revision_option(command: Command) -> Command:
     )(command)
 
 
+def _version() -> str:
+    try:
+        return importlib.metadata.version("redisflow")
+    except importlib.metadata.PackageNotFoundError:
+        return "from a source tree"
+
+
 _flow_id = click.argument("flow_id", metavar="ID", type=click.UUID)
 
 
@@ -194,7 +202,7 @@ _flow_id = click.argument("flow_id", metavar="ID", type=click.UUID)
     "Default: $REDISFLOW_URL, else redis://localhost:6379/0.",
 )
 @click.option("--prefix", default="redisflow", show_default=True, metavar="NAME", help="The namespace on it.")
-@click.version_option(package_name="redisflow")
+@click.version_option(_version())
 @click.pass_context
 def redisflow(context: click.Context, url: str | None, prefix: str) -> None:
     """Look at flows, move them by hand, and run what drives them."""
@@ -203,7 +211,7 @@ def redisflow(context: click.Context, url: str | None, prefix: str) -> None:
 
 @redisflow.command("list")
 @click.option("--owner", metavar="NAME", help="Only flows of this owner, newest first.")
-@click.option("--status", type=click.Choice(list(FlowStatus)), help="Only flows in this status.")
+@click.option("--status", type=click.Choice([status.value for status in FlowStatus]), help="Only flows in this status.")
 @click.option("--limit", type=click.IntRange(min=1), default=100, show_default=True, metavar="N", help="At most N.")
 @_json_option
 @click.pass_obj
@@ -219,7 +227,7 @@ def list_flows(server: Server, owner: str | None, status: str | None, limit: int
     if as_json:
         click.echo(render.to_json([render.flow_document(flow) for flow in shown]))
     else:
-        render.show(render.flows_table(shown))
+        render.show(render.flows_table(shown, width=render.console().width))
     if len(found) > limit:
         click.echo(f"There are more than {limit}; --limit shows more.", err=True)
 
@@ -252,6 +260,7 @@ def show_flow(server: Server, flow_id: UUID, *, as_json: bool) -> None:
         return
     render.show(render.flow_table(flow))
     if steps:
+        click.echo("\nsteps")
         render.show(render.steps_table(steps))
     click.echo("\nlatest events")
     _print_events(events, as_json=False)
@@ -421,7 +430,14 @@ class _TallyingEngine(WaitEngine):
 
 @redisflow.command("demo")
 @click.argument("path", required=False, type=click.Path(exists=True, file_okay=False, path_type=Path))
-@click.option("--files", type=click.IntRange(min=8), default=2500, show_default=True, metavar="N", help="At most N.")
+@click.option(
+    "--files",
+    type=click.IntRange(min=8),
+    default=1000,
+    show_default=True,
+    metavar="N",
+    help="At most N, evenly spread.",
+)
 @click.option("--keep", is_flag=True, help="Keep the flows, to look at them afterwards.")
 @_json_option
 @click.pass_obj

@@ -60,7 +60,7 @@ class _Attempts:
         """The command to send at `now_s`."""
         call = self._call
         args = call.args
-        if self._first_s is not None and call.op_id:
+        if self._first_s is not None:
             args = call.args_after(int((now_s - self._first_s) * 1000) + 1)
         # After NOSCRIPT, the text: one round trip, and the server keeps it.
         how = (b"EVAL", self._source.text) if self._text else (b"EVALSHA", self._source.sha)
@@ -85,7 +85,7 @@ class _Attempts:
     def give_up(self, failure: Refusal | Lost) -> None:
         """Settle with an error: unknown, if an attempt may have run."""
         error = _error(self._call.subject, failure)
-        if self._first_s is not None and self._call.op_id:
+        if self._first_s is not None:
             unknown = OutcomeUnknown(self._call.op_id, f"{self._call.subject}: no reply came, and then: {error}")
             unknown.__cause__ = error.__cause__ or error
             error = unknown

@@ -68,37 +68,74 @@ class StepRuntime(enum.StrEnum):
 
 @attrs.frozen
 class Verb:
-    """One row of the lifecycle, as the transition script gets it.
+    """One row of the lifecycle: what the transition script is made from.
 
     Attributes:
-        kind: the event it appends.
+        kind: the event it appends; empty where the caller names it.
         target: the status it leads to; `None` leaves the status as it is.
+        in_place: whether a flow that is in `target` already may stay there.
         when_cancel_pending: `refuse` raises CancelPending, `allow` goes on, `ignore` changes nothing.
         when_terminal: `refuse` raises AlreadyTerminal, `ignore` changes nothing.
         allow_oom: goes on working when the server is out of memory, so that work can be ended.
+        takes: the arguments it has beside those of every verb, see lua/transition.lua.
     """
 
     kind: str
     target: FlowStatus | None
+    in_place: bool = False
     when_cancel_pending: Literal["refuse", "allow", "ignore"] = "refuse"
     when_terminal: Literal["refuse", "ignore"] = "refuse"
     allow_oom: bool = False
+    takes: tuple[str, ...] = ()
 
     @property
-    def sources(self) -> frozenset[FlowStatus]:
+    def sources(self) -> tuple[FlowStatus, ...]:
         """The statuses it may start from."""
-        live = (status for status in FlowStatus if not status.is_terminal)
-        return frozenset(s for s in live if self.target is None or s.can_transition_to(self.target))
+        return tuple(status for status in FlowStatus if not status.is_terminal and self._starts_from(status))
 
+    def _starts_from(self, status: FlowStatus) -> bool:
+        if self.target is None or (self.in_place and status is self.target):
+            return True
+        return status.can_transition_to(self.target)
+
+    @property
+    def touches_waits(self) -> bool:
+        """Whether it enters or leaves a wait, or wakes an engine."""
+        moves = self.target is not None and FlowStatus.WAITING in {self.target, *self.sources}
+        return moves or "wake" in self.takes
+
+
+_DELTAS = ("n_unset", "n_increment")
+_NEW_WAIT = ("due_at", "waiter")
 
 START_RUNNING = Verb("started", FlowStatus.RUNNING)
-SET_WAITING = Verb("waiting", FlowStatus.WAITING)
-RESUME = Verb("resumed", FlowStatus.RUNNING, allow_oom=True)
-FINISH = Verb("finished", FlowStatus.FINISHED, allow_oom=True)
-FAIL = Verb("failed", FlowStatus.FAILED, allow_oom=True)
+SET_WAITING = Verb("waiting", FlowStatus.WAITING, takes=_NEW_WAIT)
+RESUME = Verb("resumed", FlowStatus.RUNNING, allow_oom=True, takes=("merge",))
+FINISH = Verb("finished", FlowStatus.FINISHED, allow_oom=True, takes=("merge",))
+FAIL = Verb("failed", FlowStatus.FAILED, allow_oom=True, takes=("merge", "stamp_field", "stamp_head", "stamp_tail"))
 CANCEL = Verb("cancelled", FlowStatus.CANCELLED, when_cancel_pending="allow", allow_oom=True)
-REQUEST_CANCEL = Verb("cancel_requested", None, when_cancel_pending="ignore", when_terminal="ignore", allow_oom=True)
-UPDATE_STATE = Verb("state_updated", None)
+REQUEST_CANCEL = Verb(
+    "cancel_requested",
+    None,
+    when_cancel_pending="ignore",
+    when_terminal="ignore",
+    allow_oom=True,
+    takes=("wake",),
+)
+UPDATE_STATE = Verb("state_updated", None, takes=("merge", *_DELTAS))
+VERBS = (START_RUNNING, SET_WAITING, RESUME, FINISH, FAIL, CANCEL, REQUEST_CANCEL, UPDATE_STATE)
+
+# What `update_and_append` runs, by the status of the flow it is given.
+REWRITES = {
+    status: Verb(
+        "",
+        status,
+        in_place=True,
+        when_cancel_pending="allow" if status is FlowStatus.CANCELLED else "refuse",
+        takes=("merge", *_DELTAS, *_NEW_WAIT, "wake"),
+    )
+    for status in FlowStatus
+}
 
 
 class Stored(Protocol):

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 # Wide enough for any row: where no terminal shows it, nothing is wrapped or cut.
 _UNBOUNDED = 100_000
+_NARROWEST, _ROOMY = 60, 110
 _STATUS_STYLES = {
     "created": "white",
     "running": "cyan",
@@ -30,14 +31,18 @@ _STATUS_STYLES = {
     "failed": "red",
     "cancelled": "magenta",
 }
+_FIGURES = {"age", "flows"}
+_FIRM = {"id", "status", "longest unchanged", *_FIGURES}
 _UNITS = ((86_400, "d"), (3_600, "h"), (60, "m"))
 
 
 def console(*, stderr: bool = False) -> Console:
-    """A console that knows colours and width on a terminal, and plain unbroken text elsewhere."""
+    """A console that knows colours and width on a terminal; plain unbroken text elsewhere and where no id fits."""
     stream = sys.stderr if stderr else sys.stdout
     if stream.isatty():
-        return Console(stderr=stderr)
+        terminal = Console(stderr=stderr)
+        if terminal.width >= _NARROWEST:
+            return terminal
     return Console(stderr=stderr, force_terminal=False, color_system=None, width=_UNBOUNDED)
 
 
@@ -122,6 +127,7 @@ def show(table: Table) -> None:
     if target.is_terminal:
         target.print(table)
         return
+    table.box = None
     with target.capture() as captured:
         target.print(table)
     sys.stdout.writelines(line.rstrip() + "\n" for line in captured.get().splitlines() if line.strip())
@@ -143,36 +149,34 @@ def age(moment: datetime) -> str:
 
 def _status(status: str, *, cancel_requested: bool = False) -> Text:
     text = Text(status, style=_STATUS_STYLES.get(status, ""))
-    return text.append(" (cancel requested)", style="magenta") if cancel_requested else text
+    return text.append(" (cancel)", style="magenta") if cancel_requested else text
 
 
-def _table(*columns: str, title: str | None = None) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=title, title_justify="left", title_style="bold")
+def _table(*columns: str) -> Table:
+    """A table whose texts give way to its figures and ids where a terminal is narrow."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for name in columns:
-        # A cut id is useless: where it does not fit it is folded.
-        keep_whole = name in {"id", "status", "rev", "age", "flows"}
-        table.add_column(
-            name,
-            no_wrap=True,
-            overflow="fold" if keep_whole else "ellipsis",
-            min_width=36 if name == "id" else None,
-            justify="right" if name in {"rev", "age", "flows"} else "left",
-        )
+        table.add_column(name, no_wrap=name in _FIRM, justify="right" if name in _FIGURES else "left")
     return table
 
 
-def flows_table(flows: Iterable[Flow]) -> Table:
-    """One line per flow."""
-    table = _table("id", "status", "age", "step", "owner", "goal")
+def _line(text: str) -> Text:
+    """Anybody's text, on one line and cut where it does not fit."""
+    return Text(inert(text), no_wrap=True, overflow="ellipsis")
+
+
+def flows_table(flows: Iterable[Flow], *, width: int) -> Table:
+    """One line per flow; on a narrow terminal without its step and owner."""
+    roomy = width >= _ROOMY
+    table = _table("id", "status", "age", *(("step", "owner") if roomy else ()), "goal")
     for flow in flows:
         pending = flow.cancel_requested and not flow.status.is_terminal
         table.add_row(
             Text(str(flow.id)),
             _status(flow.status, cancel_requested=pending),
             age(flow.updated_at),
-            Text(inert(flow.current_step)),
-            Text(inert(flow.owner_session_key)),
-            Text(inert(flow.goal)),
+            *((_line(flow.current_step), _line(flow.owner_session_key)) if roomy else ()),
+            _line(flow.goal),
         )
     return table
 
@@ -202,15 +206,15 @@ def flow_table(flow: Flow) -> Table:
 
 def steps_table(steps: Sequence[FlowStep]) -> Table:
     """One line per step."""
-    table = _table("run", "status", "age", "task", "child session", "result", title="steps")
+    table = _table("run", "status", "age", "task", "child session", "result")
     for step in steps:
         table.add_row(
-            Text(inert(step.run_id)),
+            _line(step.run_id),
             _status(step.status),
             age(step.updated_at),
-            Text(inert(step.task)),
-            Text(inert(step.child_session_key or "–")),
-            Text(compact(step.result)),
+            _line(step.task),
+            _line(step.child_session_key or "–"),
+            _line(compact(step.result)),
         )
     return table
 

@@ -8,11 +8,17 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Iterable
+from itertools import count
 from pathlib import Path
 
 import attrs
 
-_INCLUDE = re.compile(r"^--- include: (\S+)\n", re.MULTILINE)
+from redisflow.flow import REWRITES, TERMINAL, VERBS, FlowStatus, Verb
+
+ALLOW_OOM = "allow-oom"
+
+_INCLUDE = re.compile(r"^ *--- include: (\S+)\n", re.MULTILINE)
 
 
 def _directory() -> Path:
@@ -21,13 +27,10 @@ def _directory() -> Path:
     return next(path for path in (here / "lua", here.parent / "lua") if path.is_dir())
 
 
-def expanded(path: Path) -> str:
+def expanded(name: str) -> str:
     """Read a script with its `--- include:` lines replaced by the files they name."""
-
-    def include(match: re.Match[str]) -> str:
-        return (path.parent / "include" / match[1]).read_text(encoding="utf-8")
-
-    return _INCLUDE.sub(include, path.read_text(encoding="utf-8"))
+    text = (_directory() / name).read_text(encoding="utf-8")
+    return _INCLUDE.sub(lambda match: expanded(f"include/{match[1]}"), text)
 
 
 @attrs.frozen(eq=False)
@@ -59,17 +62,58 @@ class Script:
     plain: Source
 
     @classmethod
-    def load(cls, name: str, *, flags: str = "") -> Script:
-        """Load `lua/<name>.lua`."""
-        body = expanded(_directory() / f"{name}.lua")
+    def load(cls, name: str, *, flags: str = "", prelude: str = "") -> Script:
+        """Load `lua/<name>.lua`, behind a prelude of its own."""
+        body = prelude + expanded(f"{name}.lua")
         shebang = f"#!lua flags={flags}" if flags else "#!lua"
         return cls(name, Source.of(f"{shebang}\n{body}"), Source.of(body))
 
 
 CREATE = Script.load("create")
-TRANSITION = Script.load("transition")
-# What ends or frees work goes on when the server is out of memory.
-TRANSITION_ALLOW_OOM = Script.load("transition", flags="allow-oom")
 APPEND_EVENT = Script.load("append_event")
 OBSERVE_STEP = Script.load("observe_step")
-DELETE = Script.load("delete", flags="allow-oom")
+DELETE = Script.load("delete", flags=ALLOW_OOM)
+
+
+# --- transitions ---------------------------------------------------------------------------------------
+
+_FIRST_KEY, _FIRST_ARG = 3, 8
+_OPTIONAL = (
+    "merge", "due_at", "waiter", "wake", "stamp_field", "stamp_head", "stamp_tail", "n_unset", "n_increment",
+)  # fmt: skip
+
+
+def spaced(statuses: Iterable[FlowStatus]) -> str:
+    """Statuses as the scripts look them up: each between spaces."""
+    return "".join(f" {status} " for status in statuses)
+
+
+def _prelude(verb: Verb) -> str:
+    """A verb's row of the transition table as the constants and bindings that lua/transition.lua names."""
+    keys = (f"KEYS[{n}]" for n in count(_FIRST_KEY))
+    sources = ", ".join(f"{status} = {next(keys)}" for status in verb.sources)
+    target_key = "nil" if verb.target is None else next(keys)
+    due_key, waiters_key = (next(keys), next(keys)) if verb.touches_waits else ("nil", "nil")
+    args = {name: f"ARGV[{n}]" for n, name in enumerate(verb.takes, _FIRST_ARG)}
+    constants = {
+        "TARGET": "nil" if verb.target is None else f"'{verb.target}'",
+        "WHEN_PENDING": f"'{verb.when_cancel_pending}'",
+        "WHEN_TERMINAL": f"'{verb.when_terminal}'",
+        "STATUSES": f"'{spaced(FlowStatus)}'",
+        "TERMINAL": f"'{spaced(TERMINAL)}'",
+        "WITH_EVENT": "false" if verb.kind else "true",
+        "FIELDS_FROM": str(_FIRST_ARG + len(verb.takes)),
+        "source_keys": f"{{{sources}}}",
+        "target_key": target_key,
+        "due_key": due_key,
+        "waiters_key": waiters_key,
+        **{name: args.get(name, "nil") for name in _OPTIONAL},
+    }
+    return f"local {', '.join(constants)} =\n  {', '.join(constants.values())}\n"
+
+
+# What ends or frees work goes on when the server is out of memory.
+TRANSITIONS = {
+    verb: Script.load("transition", flags=ALLOW_OOM if verb.allow_oom else "", prelude=_prelude(verb))
+    for verb in (*VERBS, *REWRITES.values())
+}

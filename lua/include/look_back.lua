@@ -2,7 +2,10 @@
 --
 -- Event ids are the server's times, so a resend that says how long ago its first attempt was says how far
 -- back to look; a minute more covers a clock that was stepped in between. An operation id that the caller
--- brought (`deep`) may be of any age, so it is looked for as far back as the bound goes.
+-- brought may be of any age, so it is looked for as far back as the bound goes.
+--
+-- `look` is what every changing script gets of this: '' for a first attempt, milliseconds since it for a
+-- resend, 'deep' before either for an operation id that the caller brought.
 local LOOK_AT_LEAST, LOOK_AT_MOST, LOOK_PAGE, CLOCK_STEP_MS = 100, 10000, 100, 60000
 
 local function entry_ms(entry)
@@ -10,9 +13,10 @@ local function entry_ms(entry)
 end
 
 -- Returns 'FOUND' and the entry, 'ABSENT', or 'UNKNOWN' where the trail does not reach back far enough.
-local function look_back(events_key, op, span_ms, deep)
+local function look_back(events_key, op, look)
+  local deep, span_ms = string.find(look, 'deep', 1, true), tonumber(string.match(look, '%d+'))
   local now = redis.call('TIME')
-  local since_ms = now[1] * 1000 + math.floor(now[2] / 1000) - CLOCK_STEP_MS - (tonumber(span_ms) or 0)
+  local since_ms = now[1] * 1000 + math.floor(now[2] / 1000) - CLOCK_STEP_MS - (span_ms or 0)
   local read, upper, oldest, page = 0, '+'
   repeat
     page = redis.call('XREVRANGE', events_key, upper, '-', 'COUNT', LOOK_PAGE)
@@ -30,7 +34,7 @@ local function look_back(events_key, op, span_ms, deep)
     upper = oldest and '(' .. oldest[1]
   until #page < LOOK_PAGE or read >= LOOK_AT_MOST
   -- A first attempt has nothing to be unsure of: the bound is all that was promised for a brought id.
-  if span_ms == '' or oldest == nil or entry_ms(oldest) < since_ms then
+  if not span_ms or oldest == nil or entry_ms(oldest) < since_ms then
     return 'ABSENT'
   end
   local reached_the_start = #page < LOOK_PAGE and oldest[2][4] == 'created'

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping
 from typing import Any
 
 import attrs
@@ -42,14 +42,13 @@ from redisflow.ops.fields import (
     state_field,
 )
 from redisflow.ops.namespace import (
-    TERMINAL_SPACED,
     Namespace,
     Target,
     expectation,
+    look_of,
     op_id_of,
     partition_of,
     raise_refusal,
-    spaced,
     target_of,
     whole_number,
 )
@@ -58,40 +57,24 @@ from redisflow.waits import AnyWait, require_name
 NO_CHANGE = Change()
 
 
-def row(verb: Verb, sources: Iterable[FlowStatus] | None = None) -> tuple[bytes, ...]:
-    """A verb as the transition script gets it: kind, sources, target, terminal, when_pending, when_terminal."""
-    return (
-        verb.kind.encode(),
-        spaced(verb.sources if sources is None else sources),
-        b"" if verb.target is None else verb.target.value.encode(),
-        TERMINAL_SPACED,
-        verb.when_cancel_pending.encode(),
-        verb.when_terminal.encode(),
-    )
-
-
-_VERBS = (START_RUNNING, SET_WAITING, RESUME, FINISH, FAIL, CANCEL, REQUEST_CANCEL, UPDATE_STATE)
-_ROWS = {verb.kind: row(verb) for verb in _VERBS}
-
-
 @attrs.frozen(eq=False)
 class Transition:
     """One verb about to run on one flow: builds the call, and reads its reply.
 
     Attributes:
-        row: the verb as the script gets it.
-        expected: the revision and etag the flow must have; empty for any.
-        op, brought_op: the operation's id, and whether it is the caller's.
+        kind: of the event.
+        expected: what the flow must be, as by `expectation`.
+        op, look: the operation's id, and whether a first attempt must look for it.
     """
 
     target: Target
     verb: Verb
-    row: tuple[bytes, ...]
+    kind: str
     change: Change
     payload: bytes
-    expected: tuple[bytes, bytes]
+    expected: bytes
     op: str
-    brought_op: bool
+    look: bytes
 
     @classmethod
     def of(
@@ -108,38 +91,31 @@ class Transition:
         """Check and assemble one of the lifecycle's verbs."""
         namespace.require_room("the change", (payload, *change.fields.values()))
         expected = expectation(target, expected_revision)
-        return cls(target, verb, _ROWS[verb.kind], change, payload, expected, op_id_of(op_id), op_id is not None)
+        return cls(target, verb, verb.kind, change, payload, expected, op_id_of(op_id), look_of(op_id))
 
     def call(self, namespace: Namespace) -> Call:
         """The script call."""
-        target, change = self.target, self.change
+        target, change, verb = self.target, self.change, _VERBS[self.verb]
         partition, member = partition_of(namespace, target), target.member
+        statuses = partition.statuses
         return Call(
-            scripts.TRANSITION_ALLOW_OOM if self.verb.allow_oom else scripts.TRANSITION,
+            verb.script,
             partition.slot,
             (
                 partition.flow(member),
                 partition.events(member),
-                partition.due,
-                partition.waiters,
-                *partition.statuses,
+                *[statuses[n] for n in verb.statuses],
+                *((partition.due, partition.waiters) if verb.touches_waits else ()),
             ),
             (
                 self.op.encode(),
-                b"",
-                b"1" if self.brought_op else b"",
+                self.look,
                 member,
-                *self.expected,
+                self.expected,
                 b"" if target.base is None else target.base.etag,
-                *self.row,
+                self.kind.encode(),
                 self.payload,
-                change.merge,
-                change.due_at,
-                change.waiter,
-                change.wake,
-                *change.stamp,
-                b"%d" % len(change.unset),
-                b"%d" % len(change.increments),
+                *[getattr(change, name) for name in verb.takes],
                 *change.unset,
                 *flat({field: b"%d" % delta for field, delta in change.increments.items()}),
                 *flat(change.fields),
@@ -148,16 +124,42 @@ class Transition:
             op_id=self.op,
         )
 
-    def read(self, reply: Sequence[Any]) -> Flow:
+    def read(self, reply: Any) -> Flow:
         """The flow after the change, or the refusal raised."""
-        base = self.target.base
-        if reply[0] == b"OK" and base is not None:
-            return Flow.from_stored(self.change.applied(base, self.verb.target, self.op, reply))
-        if reply[0] == b"SAME" and base is not None:
-            return Flow.from_stored(base)
-        if reply[0] == b"FLOW":
-            return found(self.target.flow_id, reply[1])
-        return raise_refusal(reply, self.target.flow_id, self.op, expected=self.expected[0], to=self.verb.target)
+        match reply:
+            case bytes() as updated_at:
+                return self._applied(updated_at)
+            case [b"OK", updated_at, _]:
+                return self._applied(updated_at)
+            case [b"SAME"] if self.target.base is not None:
+                return Flow.from_stored(self.target.base)
+            case [b"FLOW", stored, *_]:
+                return found(self.target.flow_id, stored)
+        raise_refusal(reply, self.target.flow_id, self.op, expected=self.expected, to=self.verb.target)
+
+    def _applied(self, updated_at: bytes) -> Flow:
+        if self.target.base is None:
+            raise AssertionError  # only a caller who holds a copy is told of it in short
+        return Flow.from_stored(self.change.applied(self.target.base, self.verb.target, self.op, updated_at))
+
+
+@attrs.frozen
+class _Prepared:
+    """What the calls of a verb have in common; `statuses` are the sets it is given, by position."""
+
+    script: scripts.Script
+    statuses: tuple[int, ...]
+    touches_waits: bool
+    takes: tuple[str, ...]
+
+    @classmethod
+    def of(cls, verb: Verb, script: scripts.Script) -> _Prepared:
+        statuses = (*verb.sources, *(() if verb.target is None else (verb.target,)))
+        order = list(FlowStatus)
+        return cls(script, tuple(order.index(status) for status in statuses), verb.touches_waits, verb.takes)
+
+
+_VERBS = {verb: _Prepared.of(verb, script) for verb, script in scripts.TRANSITIONS.items()}
 
 
 def _run(
@@ -200,7 +202,8 @@ def fail(namespace: Namespace, flow: FlowRef, reason: str, **options: object) ->
         raise InvalidData(f"reason must be a string, not {type(reason).__name__}")
     payload = pack("reason", {"reason": reason})
     # Merged as a patch would be: a state that is not a mapping gives way to it.
-    change = Change(merge=b"patch", stamp=failure_stamp(reason))
+    field, head, tail = failure_stamp(reason)
+    change = Change(merge=b"patch", stamp_field=field, stamp_head=head, stamp_tail=tail)
     return _run(namespace, flow, FAIL, change, payload, **options)
 
 

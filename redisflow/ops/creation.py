@@ -23,6 +23,7 @@ from redisflow.ops.namespace import (
     Namespace,
     Target,
     flow_id_of,
+    look_of,
     op_id_of,
     partition_of,
     raise_refusal,
@@ -80,8 +81,7 @@ def create(
         ),
         (
             op.encode(),
-            b"",
-            b"" if op_id is None else b"1",
+            look_of(op_id),
             target.member,
             owner if exist_ok else b"",
             b"%d" % (len(events) // 2),
@@ -92,10 +92,10 @@ def create(
         op_id=op,
     )
     match reply:
-        case [b"OK", revision, created_at]:
-            fields |= {b"revision": b"%d" % revision, b"etag": op.encode()}
+        case bytes() as created_at:
+            fields |= {b"revision": b"%d" % (len(events) // 2 - 1), b"etag": op.encode()}
             fields |= {b"created_at": created_at, b"updated_at": created_at}
             return Flow.from_stored(StoredFlow(target.flow_id, target.member, fields))
         case [b"FLOW", stored]:
             return found(target.flow_id, stored)
-    return raise_refusal(reply, target.flow_id, op)
+    raise_refusal(reply, target.flow_id, op)

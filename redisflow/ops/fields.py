@@ -26,7 +26,6 @@ from redisflow.flow import (
 from redisflow.waits import AnyWait, parse_wait, to_us, wire_form
 
 Fields = dict[bytes, bytes]
-_NO_STAMP = (b"", b"", b"")
 
 
 @attrs.frozen
@@ -39,7 +38,7 @@ class Change:
         unset, increments: state fields to delete, and to add to.
         due_at, waiter: the index entries of a new wait; empty for none.
         wake: have an engine look at the flow at once, if it stays waiting.
-        stamp: a field whose value holds the time of the change: name, head, tail.
+        stamp_field, stamp_head, stamp_tail: a field whose value is head, time of the change, tail.
     """
 
     fields: Fields = attrs.field(factory=dict)
@@ -49,11 +48,22 @@ class Change:
     due_at: bytes = b""
     waiter: bytes = b""
     wake: bytes = b""
-    stamp: tuple[bytes, bytes, bytes] = _NO_STAMP
+    stamp_field: bytes = b""
+    stamp_head: bytes = b""
+    stamp_tail: bytes = b""
 
-    def applied(self, base: StoredFlow, target: FlowStatus | None, op: str, reply: Sequence[bytes]) -> StoredFlow:
+    @property
+    def n_unset(self) -> bytes:
+        """How many fields to delete."""
+        return b"%d" % len(self.unset)
+
+    @property
+    def n_increment(self) -> bytes:
+        """How many fields to add to."""
+        return b"%d" % len(self.increments)
+
+    def applied(self, base: StoredFlow, target: FlowStatus | None, op: str, updated_at: bytes) -> StoredFlow:
         """What the script made of `base`, which was current."""
-        _, revision, updated_at, _ = reply
         fields = dict(base.fields)
         if target is not None and fields[b"status"] == b"waiting":
             fields.pop(b"wait", None)
@@ -69,12 +79,11 @@ class Change:
         fields.update(self.fields)
         if target is not None:
             fields[b"status"] = target.value.encode()
-        fields[b"revision"] = revision
+        fields[b"revision"] = b"%d" % (base.revision + 1)
         fields[b"etag"] = op.encode()
         fields[b"updated_at"] = updated_at
-        name, head, tail = self.stamp
-        if name:
-            fields[name] = stamped(head, updated_at, tail)
+        if self.stamp_field:
+            fields[self.stamp_field] = stamped(self.stamp_head, updated_at, self.stamp_tail)
         return StoredFlow(base.flow_id, base.member, fields)
 
 

@@ -22,19 +22,11 @@ from redisflow.errors import (
     OutcomeUnknown,
     RevisionMismatch,
 )
-from redisflow.flow import TERMINAL, Flow, FlowRef, FlowStatus
+from redisflow.flow import Flow, FlowRef, FlowStatus
 from redisflow.keys import Keyspace, Partition, require_partitions, require_prefix
 from redisflow.waits import require_aware, to_us
 
 DEFAULT_MAX_PAYLOAD_BYTES = 2**20
-
-
-def spaced(statuses: Iterable[FlowStatus]) -> bytes:
-    """Statuses as the scripts look them up: each between spaces."""
-    return "".join(f" {status} " for status in statuses).encode()
-
-
-TERMINAL_SPACED = spaced(TERMINAL)
 
 
 @attrs.define
@@ -164,19 +156,24 @@ def status_of(status: object) -> FlowStatus:
         raise InvalidData(f"not a flow status: {status!r}; one of {choices}") from None
 
 
-def expectation(target: Target, revision: object) -> tuple[bytes, bytes]:
-    """What the stored flow must be, as revision and etag; empty for anything.
+def look_of(op_id: object) -> bytes:
+    """Whether a first attempt must look for its op: only where the caller brought it."""
+    return b"" if op_id is None else b"deep"
+
+
+def expectation(target: Target, revision: object) -> bytes:
+    """What the stored flow must be, as the scripts compare it; empty for anything.
 
     Revision numbers are used again after a failover that lost writes, so a compare with a version the caller
     holds is with its etag too.
     """
     if revision is None:
-        return b"", b""
+        return b""
     number = whole_number("expected_revision", revision)
     if number < 0:
         raise InvalidData(f"expected_revision must be 0 or more, not {number}")
     base = target.base
-    return b"%d" % number, base.etag if base is not None and base.revision == number else b""
+    return b"%d" % number if base is None or base.revision != number else b"%d %b" % (number, base.etag)
 
 
 def raise_refusal(
@@ -188,7 +185,7 @@ def raise_refusal(
         reply: the tag and its facts.
         flow_id: the flow refused.
         op_id: the operation refused.
-        expected: the revision that was asked for.
+        expected: what the flow had to be, as by `expectation`.
         to: the status it should have reached.
     """
     tag, *facts = reply
@@ -197,7 +194,7 @@ def raise_refusal(
         b"ABSENT": lambda: FlowNotFound(flow_id),
         b"EXISTS": lambda: FlowExists(flow_id),
         b"UNKNOWN": lambda: OutcomeUnknown(op_id, f"flow {flow_id}: its trail ends after the first attempt"),
-        b"STALE": lambda: RevisionMismatch(flow_id, int(expected), int(fact)),
+        b"STALE": lambda: RevisionMismatch(flow_id, int(expected.partition(b" ")[0]), int(fact)),
         b"TERMINAL": lambda: AlreadyTerminal(flow_id, FlowStatus(fact)),
         b"PENDING": lambda: CancelPending(flow_id),
         b"ILLEGAL": lambda: IllegalTransition(flow_id, FlowStatus(fact), to or FlowStatus(fact)),

@@ -17,6 +17,7 @@ from redisflow.ops.namespace import (
     expectation,
     flow_id_of,
     limit_of,
+    look_of,
     op_id_of,
     partition_of,
     raise_refusal,
@@ -51,12 +52,12 @@ def append_event(
         scripts.APPEND_EVENT,
         partition.slot,
         (partition.flow(target.member), partition.events(target.member)),
-        (op.encode(), b"", b"" if op_id is None else b"1", *expected, kind_bytes, packed),
+        (op.encode(), look_of(op_id), expected, kind_bytes, packed),
         flow_id=target.flow_id,
         op_id=op,
     )
     if reply[0] != b"OK":
-        raise_refusal(reply, target.flow_id, op, expected=expected[0])
+        raise_refusal(reply, target.flow_id, op, expected=expected)
     event_id = reply[1].decode()
     return FlowEvent(
         id=event_id,
@@ -160,9 +161,8 @@ def record_step_observation(
         ),
         (
             op.encode(),
-            b"",
-            b"" if op_id is None else b"1",
-            *expected,
+            look_of(op_id),
+            expected,
             run_id,
             step_head(uuid4()),
             pack("child_session_key", child),
@@ -174,7 +174,7 @@ def record_step_observation(
         op_id=op,
     )
     if reply[0] != b"OK":
-        raise_refusal(reply, target.flow_id, op, expected=expected[0])
+        raise_refusal(reply, target.flow_id, op, expected=expected)
     return read_step(target.flow_id, reply[1])
 
 

@@ -17,13 +17,13 @@ from redisflow.codec import (
 )
 from redisflow.errors import FlowNotFound, InvalidData, RevisionMismatch
 from redisflow.flow import (
+    REWRITES,
     Flow,
     FlowEvent,
     FlowRef,
     FlowStatus,
-    Verb,
 )
-from redisflow.ops.changes import Transition, row
+from redisflow.ops.changes import Transition
 from redisflow.ops.fields import (
     Change,
     entering_wait,
@@ -34,6 +34,7 @@ from redisflow.ops.namespace import (
     Namespace,
     Target,
     flow_id_of,
+    look_of,
     op_id_of,
     status_of,
     target_of,
@@ -63,37 +64,30 @@ def update_and_append(
     if expected_revision is not None and whole_number("expected_revision", expected_revision) != revision:
         raise RevisionMismatch(target.flow_id, int(str(expected_revision)), revision)
     packed = pack("payload", {} if payload is None else payload)
-    verb, sources = _verb(kind, status_of(flow.status))
     change = _rewriting(flow, target)
     namespace.require_room("the change", (packed, *change.fields.values()))
     transition = Transition(
         target=target,
-        verb=verb,
-        row=row(verb, sources),
+        verb=REWRITES[status_of(flow.status)],
+        kind=kind,
         change=change,
         payload=packed,
-        expected=(b"%d" % revision, require_name("flow.etag", flow.etag)),
+        expected=b"%d %b" % (revision, require_name("flow.etag", flow.etag)),
         op=op_id_of(op_id),
-        brought_op=op_id is not None,
+        look=look_of(op_id),
     )
     reply = yield transition.call(namespace)
     updated = transition.read(reply)
-    event_revision, event_id = (reply[1], reply[3]) if reply[0] == b"OK" else (reply[3], reply[2])
+    event_revision, event_id = (revision + 1, reply[2]) if reply[0] == b"OK" else (int(reply[3]), reply[2])
     return updated, FlowEvent(
         id=event_id.decode(),
         flow_id=target.flow_id,
-        revision=int(event_revision),
+        revision=event_revision,
         kind=kind,
         payload=unpack(packed),
         at=event_time(event_id.decode()) if event_id else updated.updated_at,
         op_id=transition.op,
     )
-
-
-def _verb(kind: str, status: FlowStatus) -> tuple[Verb, frozenset[FlowStatus]]:
-    """The verb that leads to `status`, or stays in it, and where it may start from."""
-    verb = Verb(kind, status, when_cancel_pending="allow" if status is FlowStatus.CANCELLED else "refuse")
-    return verb, verb.sources | (frozenset() if status.is_terminal else {status})
 
 
 def _rewriting(flow: Flow, target: Target) -> Change:

@@ -14,7 +14,6 @@ from redisflow.errors import FlowError, InvalidData, LayoutMismatch, StorageErro
 from redisflow.flow import TERMINAL, FlowRef
 from redisflow.keys import DEFAULT_PARTITIONS, LAYOUT_VERSION, meta_key
 from redisflow.ops.namespace import (
-    TERMINAL_SPACED,
     Namespace,
     Target,
     expectation,
@@ -24,6 +23,7 @@ from redisflow.ops.namespace import (
     target_of,
 )
 from redisflow.ops.reads import Listing
+from redisflow.scripts import spaced
 from redisflow.waits import MICROSECOND, from_us
 
 MIN_REDIS, MIN_VALKEY = (7, 0), (7, 2)
@@ -126,7 +126,7 @@ def delete(
                 return False
             case [b"MOVED"]:  # deleted and created anew for another owner since the read
                 continue
-        raise_refusal(reply, target.flow_id, op, expected=expected[0])
+        raise_refusal(reply, target.flow_id, op, expected=expected)
 
 
 def prune_terminal_flows(namespace: Namespace, older_than: timedelta) -> Generator[Any, Any, int]:
@@ -175,11 +175,11 @@ def _delete_call(
     owner: bytes,
     op: str,
     *,
-    expected: tuple[bytes, bytes] = (b"", b""),
+    expected: bytes = b"",
     prune_before_us: int | None = None,
 ) -> Call:
     partition, member = partition_of(namespace, target), target.member
-    pruning = (b"", b"") if prune_before_us is None else (TERMINAL_SPACED, b"%d" % prune_before_us)
+    pruning = (b"", b"") if prune_before_us is None else (spaced(TERMINAL).encode(), b"%d" % prune_before_us)
     return Call(
         scripts.DELETE,
         partition.slot,
@@ -192,7 +192,7 @@ def _delete_call(
             partition.waiters,
             *partition.statuses,
         ),
-        (op.encode(), b"", member, owner, *expected, *pruning),
+        (op.encode(), b"", member, owner, expected, *pruning),
         flow_id=target.flow_id,
         op_id=op,
     )
