@@ -18,3 +18,12 @@ for name in require("lfs").dir("lua/include") do
         end
     end
 end
+
+-- The prelude of redisflow/scripts.py.
+files["lua/transition.lua"] = {
+    read_globals = {
+        "TARGET", "WHEN_PENDING", "WHEN_TERMINAL", "STATUSES", "TERMINAL", "SOURCES", "WITH_EVENT", "FIELDS_FROM",
+        "source_keys", "target_key", "due_key", "waiters_key", "kind", "merge", "due_at", "waiter", "wake",
+        "stamp_field", "stamp_head", "stamp_tail", "n_unset", "n_increment",
+    },
+}

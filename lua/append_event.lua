@@ -2,16 +2,15 @@
 --
 -- KEYS  1 flow  2 events
 -- ARGV  1 op          id of this operation: stands in the event
---       2 look        whether to look for the op first, see look_back
---       3 expected    '<revision>' or '<revision> <etag>' the flow must have, '' for any
---       4 kind  5 payload
--- REPLY OK event_id revision | ABSENT | UNKNOWN | STALE revision
+--       2 conditions  '' or '<look>|<expected>', see include/look_back.lua and docs/layout.md
+--       3 kind  4 payload
+-- REPLY OK event_id revision | ABSENT | UNKNOWN | OTHER_OP kind | STALE revision
 local flow_key, events_key = KEYS[1], KEYS[2]
-local op, look, expected, kind, payload = unpack(ARGV, 1, 5)
+local op, conditions, kind, payload = unpack(ARGV, 1, 4)
 
 --- include: audit_guard.lua
 
-local revision, refusal, entry = audit_guard(flow_key, events_key, op, look, expected)
+local revision, refusal, entry = audit_guard(flow_key, events_key, op, kind, conditions)
 if entry then
   return {'OK', entry[1], entry[2][2]}
 elseif refusal then

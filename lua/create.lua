@@ -2,21 +2,22 @@
 --
 -- KEYS  1 flow  2 events  3 owner set  4 status set
 -- ARGV  1 op          id of this operation: becomes the flow's etag, stands in the events
---       2 look        whether to look for the op first, see look_back
+--       2 conditions  '' or '<look>|<expected>', see include/look_back.lua and docs/layout.md
 --       3 flow_id
 --       4 owner       the owner whose flow of this id is answered if it exists, '' to refuse
---       5 n_events; then kind and payload pairs, field and value pairs
+--       5 status
+--       6 n_events; then kind and payload pairs, field and value pairs
 -- REPLY created_at | FLOW fields (created before) | EXISTS | UNKNOWN
 local flow_key, events_key, owner_key, status_key = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
-local op, look, flow_id, owner, n_events = unpack(ARGV, 1, 5)
-local fields_from = 6 + 2 * n_events
+local op, conditions, flow_id, owner, status, n_events = unpack(ARGV, 1, 6)
+local fields_from = 7 + 2 * n_events
 
 if redis.call('HLEN', flow_key) > 0 then
   local etag, found_owner = unpack(redis.call('HMGET', flow_key, 'etag', 'owner_session_key'), 1, 2)
   local verdict = etag == op and 'FOUND'
-  if not verdict and look ~= '' then
+  if not verdict and conditions ~= '' then
     --- include: look_back.lua
-    verdict = look_back(events_key, op, look)
+    verdict = look_back(events_key, op, string.match(conditions, '^(.*)|'))
   end
   if verdict == 'FOUND' or (owner ~= '' and owner == found_owner) then
     return {'FLOW', redis.call('HGETALL', flow_key)}
@@ -31,19 +32,19 @@ redis.call('ZCARD', status_key)
 local now = redis.call('TIME')
 local created_at = now[1] .. string.format('%06d', now[2])
 local revision = n_events - 1
--- unpack() of some 8,000 values overflows Lua's stack.
-while #ARGV - fields_from > 4000 do
-  redis.call('HSET', flow_key, unpack(ARGV, fields_from, fields_from + 3999))
-  fields_from = fields_from + 4000
-end
+-- What every change reads and writes comes first: a small hash is searched from its start.
 redis.call(
-  'HSET', flow_key, 'revision', revision, 'etag', op, 'created_at', created_at, 'updated_at', created_at,
-  unpack(ARGV, fields_from)
+  'HSET', flow_key, 'status', status, 'etag', op, 'cancel_requested', '0', 'revision', revision,
+  'updated_at', created_at, 'created_at', created_at
 )
+-- unpack() of some 8,000 values overflows Lua's stack.
+for from = fields_from, #ARGV, 4000 do
+  redis.call('HSET', flow_key, unpack(ARGV, from, math.min(from + 3999, #ARGV)))
+end
 redis.call('ZADD', owner_key, created_at, flow_id)
 redis.call('ZADD', status_key, created_at, flow_id)
 for event = 0, revision do
-  local kind, payload = unpack(ARGV, 6 + 2 * event, 7 + 2 * event)
+  local kind, payload = unpack(ARGV, 7 + 2 * event, 8 + 2 * event)
   redis.call('XADD', events_key, '*', 'rev', event, 'kind', kind, 'op', op, 'payload', payload)
 end
 return created_at

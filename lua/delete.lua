@@ -3,15 +3,14 @@
 -- KEYS  1 flow  2 events  3 steps  4 owner set  5 due  6 waiters
 --       7-12 status sets: created running waiting finished failed cancelled
 -- ARGV  1 op          id of this operation; it leaves no trace once the flow is gone
---       2 look        '' for a first attempt
+--       2 conditions  '' or '<look>|<expected>', see include/look_back.lua and docs/layout.md
 --       3 flow_id
 --       4 owner       whose set KEYS 4 is
---       5 expected    '<revision>' or '<revision> <etag>' the flow must have, '' for any
---       6 terminal    '' to delete any flow, else only one in these statuses, each between spaces,
---       7 before      and last changed before this, in microseconds
+--       5 terminal    '' to delete any flow, else only one in these statuses, each between spaces,
+--       6 before      and last changed before this, in microseconds
 -- REPLY OK | ABSENT | STALE revision | KEPT | MOVED (another owner's by now)
 local flow_key, events_key, steps_key, owner_key, due_key, waiters_key = unpack(KEYS, 1, 6)
-local look, flow_id, owner, expected, terminal, before = unpack(ARGV, 2, 7)
+local conditions, flow_id, owner, terminal, before = unpack(ARGV, 2, 6)
 local status_keys = {unpack(KEYS, 7, 12)}
 
 local stored =
@@ -19,11 +18,12 @@ local stored =
 local found_owner, revision, etag, status, updated_at, waiter = unpack(stored, 1, 6)
 if not found_owner then
   -- The caller saw it before its first attempt: gone by a resend, that attempt deleted it.
-  return {string.find(look, '%d') and 'OK' or 'ABSENT'}
+  return {string.find(conditions, '^%a*%d') and 'OK' or 'ABSENT'}
 end
 if found_owner ~= owner then
   return {'MOVED'}
 end
+local expected = string.match(conditions, '|(.*)$') or ''
 if expected ~= '' and expected ~= revision and expected ~= (revision or '') .. ' ' .. (etag or '') then
   return {'STALE', revision or '0'}
 end

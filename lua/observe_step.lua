@@ -6,16 +6,15 @@
 --
 -- KEYS  1 flow  2 events  3 steps
 -- ARGV  1 op          id of this operation: stands in the event
---       2 look        whether to look for the op first, see look_back
---       3 expected    '<revision>' or '<revision> <etag>' the flow must have, '' for any
---       4 run_id
---       5 head        array header and id, for a step that is new
---       6 child       child_session_key, packed
---       7 tail        the other fields, packed
---       8 kind  9 payload
--- REPLY OK step | ABSENT | UNKNOWN | STALE revision | CORRUPT field
+--       2 conditions  '' or '<look>|<expected>', see include/look_back.lua and docs/layout.md
+--       3 run_id
+--       4 head        array header and id, for a step that is new
+--       5 child       child_session_key, packed
+--       6 tail        the other fields, packed
+--       7 kind  8 payload
+-- REPLY OK step | ABSENT | UNKNOWN | OTHER_OP kind | STALE revision | CORRUPT field
 local flow_key, events_key, steps_key = KEYS[1], KEYS[2], KEYS[3]
-local op, look, expected, run_id, head, child, tail, kind, payload = unpack(ARGV, 1, 9)
+local op, conditions, run_id, head, child, tail, kind, payload = unpack(ARGV, 1, 8)
 
 --- include: audit_guard.lua
 
@@ -23,21 +22,24 @@ local NIL = '\192'
 local HEAD_END, TIME_LENGTH = 19, 17
 local CHILD_FROM = HEAD_END + 2 * TIME_LENGTH + 1
 
--- The packed nil or text that begins at `from`: fixstr, str 8 or str 16, as the msgpack specification has them.
+-- The packed nil or text that begins at `from`: fixstr, str 8 or str 16, as the msgpack specification has them;
+-- nil if there is none.
 local function packed_text(bytes, from)
   local first, second, third = string.byte(bytes, from, from + 2)
-  local length = 1
-  if first == 217 then
+  local length
+  if first == 192 then
+    length = 1
+  elseif first == 217 and second then
     length = 2 + second
-  elseif first == 218 then
+  elseif first == 218 and third then
     length = 3 + second * 256 + third
-  elseif first ~= 192 then
+  elseif first and first >= 160 and first <= 191 then
     length = 1 + first - 160
   end
-  return string.sub(bytes, from, from + length - 1)
+  return length and #bytes > from + length - 1 and string.sub(bytes, from, from + length - 1) or nil
 end
 
-local revision, refusal, entry = audit_guard(flow_key, events_key, op, look, expected)
+local revision, refusal, entry = audit_guard(flow_key, events_key, op, kind, conditions)
 if refusal then
   return refusal
 end
@@ -45,7 +47,9 @@ local old = redis.call('HGET', steps_key, run_id)
 if entry then
   return old and {'OK', old} or {'ABSENT'}
 end
-if old and #old < CHILD_FROM then
+local old_child = old and packed_text(old, CHILD_FROM)
+if old and not (old_child and string.sub(old, 1, 3) == string.sub(head, 1, 3)
+    and string.find(string.sub(old, HEAD_END + 1, CHILD_FROM - 1), '^\176%d+\176%d+$')) then
   return {'CORRUPT', 'step ' .. run_id}
 end
 -- A key of the wrong type must fail here: a script that fails midway keeps what it wrote before.
@@ -58,7 +62,7 @@ if old then
   head = string.sub(old, 1, HEAD_END)
   created_at = string.sub(old, HEAD_END + 1, HEAD_END + TIME_LENGTH)
   if child == NIL then
-    child = packed_text(old, CHILD_FROM)
+    child = old_child
   end
 end
 local step = head .. created_at .. observed_at .. child .. tail

@@ -1,160 +1,178 @@
 -- Moves a flow along its lifecycle, or changes it in place, and appends the event that says so.
 --
--- Each verb has a script of its own: these lines behind a prelude that redisflow/scripts.py writes from the
--- verb's row of the transition table. The prelude binds
+-- Each verb has scripts of its own: these lines behind a prelude that redisflow/scripts.py writes from the verb's
+-- row of the transition table. Where the caller's copy says which status the flow is in, the script is one for
+-- just that status and is given just its keys. The prelude binds
 --   TARGET            status it leads to; nil for the same
 --   WHEN_PENDING      refuse | allow | ignore, where a cancel is pending
 --   WHEN_TERMINAL     refuse | ignore
---   STATUSES          all statuses, and TERMINAL the terminal ones, each between spaces
+--   STATUSES, TERMINAL, SOURCES   all statuses, the terminal ones, those it may start from: each between spaces
 --   WITH_EVENT        whether the caller wants the event's id
---   source_keys       the sets of the statuses it may start from, by status
+--   source_keys       the sets of the statuses it may start from, or of the one it expects, by status
 --   target_key        the set of the status it leads to; nil for the same
---   due_key, waiters_key   nil where the verb neither enters nor leaves a wait
--- and those of these arguments that the verb takes, nil for the others:
---   merge             what becomes of the state: '' nothing | patch | replace
+--   due_key, waiters_key   nil where it neither enters nor leaves a wait
+--   FIELDS_FROM       where in ARGV the field and value pairs begin
+-- and, nil where the verb does not take them:
+--   kind              of the event
+--   merge             what becomes of the state: '' nothing | patch | over (a patch, and the caller's copy is no
+--                     mapping) | replace
 --   due_at            microseconds: when an engine must look at the new wait, '' for never
 --   waiter            '<topic>\0<correlation_id>\0' of the new wait, '' for none
 --   wake              '1' if an engine must look at once at a flow that stays waiting
 --   stamp_field, stamp_head, stamp_tail   a field whose value is head .. time .. tail
---   n_unset, n_increment   how many fields to delete, and field and delta pairs, come first in the rest
+--   n_unset, n_increment   fields to delete, and field and delta pairs, at the head of the rest
 --
 -- KEYS  1 flow  2 events, then the prelude's
--- ARGV  1 op          id of this operation: becomes the flow's etag, stands in the event
---       2 look        whether to look for the op first, see look_back
+-- ARGV  1 op              id of this operation: becomes the flow's etag, stands in the event
+--       2 conditions      '' or '<look>|<expected>', see include/look_back.lua and docs/layout.md
 --       3 flow_id
---       4 expected    '<revision>' or '<revision> <etag>' the flow must have, '' for any
---       5 held_etag   etag of the caller's copy, '' for none
---       6 kind  7 payload of the event
---       then the prelude's, then field and value pairs from FIELDS_FROM on
+--       4 held_etag       etag of the caller's copy, '' for none
+--       5 next_revision   one more than the revision of the caller's copy
+--       6 payload         of the event; then the prelude's, then fields
 -- REPLY updated_at, or OK updated_at event_id   applied, and the caller's copy was current
 --       FLOW fields event_id event_revision    applied, now or before: the whole hash
 --       SAME | FLOW fields                     nothing to do
+--       OTHER_KEYS                             it is in another status than expected: call again with all keys
 --       ABSENT | UNKNOWN | STALE revision | TERMINAL status | PENDING | ILLEGAL status
 --       NOT_INTEGER field | NOT_MAPPING | CORRUPT field
+local call = redis.call
 local flow_key, events_key = KEYS[1], KEYS[2]
-local op, look, flow_id, expected, held_etag, kind, payload = unpack(ARGV, 1, 7)
+local op, conditions, flow_id, held_etag, next_revision, payload = unpack(ARGV, 1, 6)
 
-local stored = redis.call('HMGET', flow_key, 'status', 'revision', 'etag', 'cancel_requested', 'waiter', 's')
-local status, revision, etag, cancel_requested, old_waiter, whole_state = unpack(stored, 1, 6)
+local status, etag, cancel_requested = unpack(call('HMGET', flow_key, 'status', 'etag', 'cancel_requested'), 1, 3)
+local current = etag == held_etag
 
 -- Guards, in the order docs/concepts.md gives; nothing is written before the last of them.
-if not status and not revision then
+if not status and call('EXISTS', flow_key) == 0 then
   return {'ABSENT'}
 end
-if not status or not string.find(STATUSES, ' ' .. status .. ' ', 1, true) then
-  return {'CORRUPT', 'status'}
-end
-if not revision or not string.match(revision, '^%d+$') then
-  return {'CORRUPT', 'revision'}
-end
-if etag == op or look ~= '' then
-  --- include: look_back.lua
-  local verdict, entry = look_back(events_key, op, etag == op and 'deep' or look)
-  if verdict == 'FOUND' then
-    return {'FLOW', redis.call('HGETALL', flow_key), entry[1], entry[2][2]}
-  elseif etag == op then
-    return {'FLOW', redis.call('HGETALL', flow_key), '', revision}
-  elseif verdict == 'UNKNOWN' then
-    return {'UNKNOWN'}
+local revision
+if not current or conditions ~= '' then
+  revision = call('HGET', flow_key, 'revision')
+  if not revision or not string.match(revision, '^%d+$') then
+    return {'CORRUPT', 'revision'}
   end
+  next_revision = string.format('%.0f', revision + 1)
 end
-if expected ~= '' and expected ~= revision and expected ~= revision .. ' ' .. (etag or '') then
-  return {'STALE', revision}
+if conditions ~= '' or etag == op then
+  local look, expected = string.match(conditions, '^(.*)|(.*)$')
+  if etag == op or look ~= '' then
+    --- include: look_back.lua
+    local verdict, entry = look_back(events_key, op, etag == op and 'deep' or look)
+    if verdict == 'FOUND' then
+      if kind ~= entry[2][4] then
+        return {'OTHER_OP', entry[2][4]}
+      end
+      return {'FLOW', call('HGETALL', flow_key), entry[1], entry[2][2]}
+    elseif etag == op then
+      return {'FLOW', call('HGETALL', flow_key), '', revision}
+    elseif verdict == 'UNKNOWN' then
+      return {'UNKNOWN'}
+    end
+  end
+  if expected ~= '' and expected ~= revision and expected ~= revision .. ' ' .. (etag or '') then
+    return {'STALE', revision}
+  end
 end
 local source_key = source_keys[status]
-local refused = cancel_requested == '1' and WHEN_PENDING ~= 'allow'
-if not source_key or refused then
-  local ended = string.find(TERMINAL, ' ' .. status .. ' ', 1, true)
-  if ended and WHEN_TERMINAL == 'ignore' or refused and not ended and WHEN_PENDING == 'ignore' then
-    return etag == held_etag and {'SAME'} or {'FLOW', redis.call('HGETALL', flow_key)}
+local pending = cancel_requested == '1' and WHEN_PENDING ~= 'allow'
+if not source_key or pending then
+  local spaced = ' ' .. (status or '') .. ' '
+  local ended = string.find(TERMINAL, spaced, 1, true)
+  if ended and WHEN_TERMINAL == 'ignore' or pending and not ended and WHEN_PENDING == 'ignore' then
+    return current and {'SAME'} or {'FLOW', call('HGETALL', flow_key)}
   elseif ended then
     return {'TERMINAL', status}
+  elseif not string.find(STATUSES, spaced, 1, true) then
+    return {'CORRUPT', 'status'}
+  elseif pending then
+    return {'PENDING'}
   end
-  return refused and {'PENDING'} or {'ILLEGAL', status}
+  return string.find(SOURCES, spaced, 1, true) and {'OTHER_KEYS'} or {'ILLEGAL', status}
 end
-if n_increment and n_increment ~= '0' then
+local rest = FIELDS_FROM
+if n_unset then
   --- include: int64.lua
-  if whole_state then
+  if call('HEXISTS', flow_key, 's') == 1 then
     return {'NOT_MAPPING'}
   end
-  for i = FIELDS_FROM + n_unset, FIELDS_FROM + n_unset + 2 * n_increment - 1, 2 do
+  for i = rest + n_unset, rest + n_unset + 2 * n_increment - 1, 2 do
     local field, delta = unpack(ARGV, i, i + 1)
-    if not sum_fits(redis.call('HGET', flow_key, field) or '0', delta) then
+    if not sum_fits(call('HGET', flow_key, field) or '0', delta) then
       return {'NOT_INTEGER', field}
     end
   end
 end
 -- A script that fails midway keeps what it wrote before, so a key of the wrong type must fail here. The set that
 -- is written first needs no check: its own failure is the first.
-redis.call('XLEN', events_key)
-if target_key and target_key ~= source_key then
-  redis.call('ZCARD', source_key)
+local moves = target_key and target_key ~= source_key
+call('XLEN', events_key)
+if moves then
+  call('ZCARD', source_key)
 end
 if due_key and (status == 'waiting' or TARGET == 'waiting') then
-  redis.call('ZCARD', due_key)
-  redis.call('ZCARD', waiters_key)
+  call('ZCARD', due_key)
+  call('ZCARD', waiters_key)
 end
 
-local now = redis.call('TIME')
-local updated_at = now[1] .. string.format('%06d', now[2])
-local new_revision = string.format('%d', revision + 1)
-local new_status = TARGET or status
+local now = call('TIME')
+local updated_at = now[1] .. string.sub('00000' .. now[2], -6)
 
-redis.call('ZADD', target_key or source_key, updated_at, flow_id)
-if target_key and target_key ~= source_key then
-  redis.call('ZREM', source_key, flow_id)
+call('ZADD', target_key or source_key, updated_at, flow_id)
+if moves then
+  call('ZREM', source_key, flow_id)
 end
 if status == 'waiting' and TARGET then
-  redis.call('HDEL', flow_key, 'wait', 'waiter')
-  redis.call('ZREM', due_key, flow_id)
-  if old_waiter then
-    redis.call('ZREM', waiters_key, old_waiter .. flow_id)
+  local waited_for = call('HGET', flow_key, 'waiter')
+  call('HDEL', flow_key, 'wait', 'waiter')
+  call('ZREM', due_key, flow_id)
+  if waited_for then
+    call('ZREM', waiters_key, waited_for .. flow_id)
   end
 end
 if merge == 'replace' then
-  for _, field in ipairs(redis.call('HKEYS', flow_key)) do
+  for _, field in ipairs(call('HKEYS', flow_key)) do
     if field == 's' or string.sub(field, 1, 2) == 's:' then
-      redis.call('HDEL', flow_key, field)
+      call('HDEL', flow_key, field)
     end
   end
-elseif merge == 'patch' and whole_state then
-  redis.call('HDEL', flow_key, 's')
+elseif merge == 'over' or merge == 'patch' and not current then
+  call('HDEL', flow_key, 's')
 end
-local first = FIELDS_FROM
 if n_unset then
-  for i = first, first + n_unset - 1 do
-    redis.call('HDEL', flow_key, (unpack(ARGV, i, i)))
+  for i = rest, rest + n_unset - 1 do
+    call('HDEL', flow_key, (unpack(ARGV, i, i)))
   end
-  first = first + n_unset
-  for i = first, first + 2 * n_increment - 1, 2 do
-    redis.call('HINCRBY', flow_key, unpack(ARGV, i, i + 1))
+  rest = rest + n_unset
+  for i = rest, rest + 2 * n_increment - 1, 2 do
+    call('HINCRBY', flow_key, unpack(ARGV, i, i + 1))
   end
-  first = first + 2 * n_increment
+  rest = rest + 2 * n_increment
 end
 -- unpack() of some 8,000 values overflows Lua's stack.
-while #ARGV - first > 4000 do
-  redis.call('HSET', flow_key, unpack(ARGV, first, first + 3999))
-  first = first + 4000
+while #ARGV - rest > 4000 do
+  call('HSET', flow_key, unpack(ARGV, rest, rest + 3999))
+  rest = rest + 4000
 end
-redis.call(
-  'HSET', flow_key, 'status', new_status, 'revision', new_revision, 'etag', op, 'updated_at', updated_at,
-  unpack(ARGV, first)
+call(
+  'HSET', flow_key, 'status', TARGET or status, 'revision', next_revision, 'etag', op, 'updated_at', updated_at,
+  unpack(ARGV, rest)
 )
 if stamp_field then
   --- include: rfc3339.lua
-  redis.call('HSET', flow_key, stamp_field, stamp_head .. rfc3339(now[1], now[2]) .. stamp_tail)
+  call('HSET', flow_key, stamp_field, stamp_head .. rfc3339(now[1], now[2]) .. stamp_tail)
 end
-if wake == '1' and new_status == 'waiting' then
-  redis.call('ZADD', due_key, updated_at, flow_id)
+if wake == '1' and due_key and (TARGET or status) == 'waiting' then
+  call('ZADD', due_key, updated_at, flow_id)
 elseif due_at and due_at ~= '' then
-  redis.call('ZADD', due_key, due_at, flow_id)
+  call('ZADD', due_key, due_at, flow_id)
 end
 if waiter and waiter ~= '' then
-  redis.call('ZADD', waiters_key, 0, waiter .. flow_id)
+  call('ZADD', waiters_key, 0, waiter .. flow_id)
 end
-local event_id = redis.call('XADD', events_key, '*', 'rev', new_revision, 'kind', kind, 'op', op, 'payload', payload)
+local event_id = call('XADD', events_key, '*', 'rev', next_revision, 'kind', kind, 'op', op, 'payload', payload)
 
-if etag ~= held_etag then
-  return {'FLOW', redis.call('HGETALL', flow_key), event_id, new_revision}
+if not current then
+  return {'FLOW', call('HGETALL', flow_key), event_id, next_revision}
 end
 return WITH_EVENT and {'OK', updated_at, event_id} or updated_at

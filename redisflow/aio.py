@@ -214,13 +214,13 @@ class AsyncFlowManager:
 
     def iter_by_owner(self, owner: str, *, page: int = 500) -> AsyncIterator[Flow]:
         """Every flow of an owner, newest first, `page` at a time in memory."""
-        return self._pages(reads.Listing(self.namespace, owner=owner, page=page))
+        return self._pages(reads.Listing.of_owner(self.namespace, owner, page))
 
     def iter_by_status(
         self, status: FlowStatus | str, *, page: int = 500, updated_before: datetime | None = None
     ) -> AsyncIterator[Flow]:
         """Every flow in a status, the longest unchanged first, `page` at a time in memory."""
-        return self._pages(reads.Listing(self.namespace, status=status, page=page, updated_before=updated_before))
+        return self._pages(reads.Listing.of_status(self.namespace, status, updated_before, page))
 
     async def count_by_status(self) -> dict[FlowStatus, int]:
         """How many flows are in each status."""
@@ -252,7 +252,7 @@ class AsyncFlowManager:
         expected_revision: int | None = None,
         op_id: str | None = None,
     ) -> Flow:
-        """Waiting → running, the wait cleared and the patch merged into the state."""
+        """Created or waiting → running, the wait cleared and the patch merged into the state."""
         return await self.perform(
             changes.resume(self.namespace, flow, state_patch, expected_revision=expected_revision, op_id=op_id)
         )

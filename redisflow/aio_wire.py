@@ -81,7 +81,7 @@ class AsyncWire:
             await asyncio.to_thread(self._endpoint.lease.close)
 
     def _require_own_loop(self) -> None:
-        if asyncio.get_running_loop() is not self._loop or os.getpid() != self._pid:
+        if os.getpid() != self._pid or asyncio.get_running_loop() is not self._loop:
             raise StorageError(
                 "this AsyncFlowManager belongs to another event loop or process: make one manager per event loop"
             )

@@ -25,9 +25,11 @@ class Call:
     """One run of a script.
 
     Attributes:
-        args: its ARGV: op and look first.
-        op_id: the operation's id.
+        args: its ARGV behind the first two, which are the operation's id and the conditions.
         flow_id: the flow it is about.
+        op_id: the operation's id.
+        look: `deep` where the caller brought the op, so that even a first attempt looks for it.
+        expected: what the stored flow must be: `<revision>` or `<revision> <etag>`; empty for anything.
     """
 
     script: Script
@@ -36,16 +38,22 @@ class Call:
     args: Sequence[bytes]
     flow_id: UUID
     op_id: str
+    look: bytes = b""
+    expected: bytes = b""
 
     @property
     def subject(self) -> str:
         """What it is about, for errors."""
         return f"flow {self.flow_id}"
 
-    def args_after(self, span_ms: int) -> Sequence[bytes]:
-        """The ARGV of a resend whose first attempt was `span_ms` milliseconds ago."""
-        op, look, *rest = self.args
-        return (op, b"%b%d" % (look, span_ms), *rest)
+    def argv(self, span_ms: int | None = None) -> Sequence[bytes]:
+        """The ARGV of a first attempt, or of a resend `span_ms` milliseconds after it."""
+        conditions = b""
+        if span_ms is not None:
+            conditions = b"%b%d|%b" % (self.look, span_ms, self.expected)
+        elif self.look or self.expected:
+            conditions = b"%b|%b" % (self.look, self.expected)
+        return (self.op_id.encode(), conditions, *self.args)
 
 
 @attrs.frozen(eq=False)
@@ -67,7 +75,7 @@ class Read:
     """Commands that change nothing that matters twice, sent together. Resumed with their replies.
 
     Attributes:
-        tolerant: resumed with an error as a value where the server refuses a command.
+        tolerant: resumed with a FlowError as a value where the server refuses a command.
     """
 
     commands: Sequence[Command]

@@ -178,8 +178,16 @@ def _wait(packed: bytes) -> Mapping[str, Any]:
     return wait
 
 
+def _natural(encoded: bytes) -> int:
+    value = _integer(encoded)
+    if value < 0:
+        msg = f"below zero: {value}"
+        raise ValueError(msg)
+    return value
+
+
 def _when(encoded: bytes) -> datetime:
-    return from_us(_integer(encoded))
+    return from_us(_natural(encoded))
 
 
 _DECODERS: dict[str, Callable[[bytes], Any]] = {
@@ -191,11 +199,14 @@ _DECODERS: dict[str, Callable[[bytes], Any]] = {
     "wait": _wait,
     "status": lambda encoded: FlowStatus(encoded.decode()),
     "cancel_requested": _bit,
-    "revision": _integer,
+    "revision": _natural,
     "etag": bytes.decode,
     "created_at": _when,
     "updated_at": _when,
 }
+
+
+_STATUSES = {status.value.encode(): status for status in FlowStatus}
 
 
 @attrs.frozen(eq=False)
@@ -206,10 +217,20 @@ class StoredFlow:
     member: bytes
     fields: Mapping[bytes, bytes]
 
+    @classmethod
+    def of(cls, flow_id: UUID, flat: Sequence[bytes]) -> StoredFlow:
+        """Take the reply of HGETALL."""
+        return cls(flow_id, str(flow_id).encode(), pairs(flat))
+
     @property
     def revision(self) -> int:
         """The revision of this version."""
         return int(self.fields[b"revision"])
+
+    @property
+    def status(self) -> FlowStatus:
+        """The status of this version."""
+        return _STATUSES[self.fields[b"status"]]
 
     @property
     def etag(self) -> bytes:
@@ -264,7 +285,7 @@ def read_flow(flow_id: UUID, flat: Sequence[bytes]) -> Flow | None:
     """
     if not flat:
         return None
-    flow = Flow.from_stored(StoredFlow(flow_id, str(flow_id).encode(), pairs(flat)))
+    flow = Flow.from_stored(StoredFlow.of(flow_id, flat))
     for attribute in attrs.fields(Flow):
         getattr(flow, attribute.name)
     return flow

@@ -59,12 +59,10 @@ class _Attempts:
     def command(self, now_s: float) -> Sequence[bytes]:
         """The command to send at `now_s`."""
         call = self._call
-        args = call.args
-        if self._first_s is not None:
-            args = call.args_after(int((now_s - self._first_s) * 1000) + 1)
+        span_ms = None if self._first_s is None else int((now_s - self._first_s) * 1000) + 1
         # After NOSCRIPT, the text: one round trip, and the server keeps it.
         how = (b"EVAL", self._source.text) if self._text else (b"EVALSHA", self._source.sha)
-        return (*how, b"%d" % len(call.keys), *call.keys, *args)
+        return (*how, b"%d" % len(call.keys), *call.keys, *call.argv(span_ms))
 
     def note(self, answer: Reply | Refusal | Lost, sent_s: float) -> bool:
         """Take in what came of a packet sent at `sent_s`. Returns whether to send again at once."""
@@ -169,7 +167,7 @@ def _deliver_calls(calls: Sequence[Call], policy: Policy) -> Generator[Step, Any
     """Deliver calls of one node together. Returns one outcome each."""
     sent_s = policy.clock()
     commands = [
-        (b"EVALSHA", _source_of(call, policy).sha, b"%d" % len(call.keys), *call.keys, *call.args) for call in calls
+        (b"EVALSHA", _source_of(call, policy).sha, b"%d" % len(call.keys), *call.keys, *call.argv()) for call in calls
     ]
     outcomes = yield from _send(Packet(calls[0].slot, commands))
     troubled = [n for n, outcome in enumerate(outcomes) if type(outcome) in _TROUBLES]
@@ -203,10 +201,12 @@ def _deliver_read(read: Read, policy: Policy) -> Generator[Step, Any, list[Reply
         commands = read.commands[start : start + _BATCH_LIMIT]
         packet = Packet(commands[0].slot, [command.args for command in commands])
         replies += yield from _ask(packet, _naming(commands[0].args), policy)
-    if not read.tolerant:
-        for command, reply in zip(read.commands, replies, strict=True):
-            if isinstance(reply, Refusal):
-                raise _error(_naming(command.args), reply)
+    for n, reply in enumerate(replies):
+        if isinstance(reply, Refusal):
+            error = _error(_naming(read.commands[n].args), reply)
+            if not read.tolerant:
+                raise error
+            replies[n] = error
     return replies
 
 

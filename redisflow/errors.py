@@ -114,8 +114,8 @@ class LayoutMismatch(FlowError):
         self.expected = expected
         self.actual = actual
         super().__init__(
-            f"namespace {prefix!r} has {what} {actual}, this client uses {expected}; "
-            "connect with the namespace's own settings, or choose another prefix"
+            f"namespace {prefix!r} has {what} {actual}, this client uses {expected}: "
+            "use what the namespace was created with, or another prefix"
         )
 
 

@@ -98,12 +98,6 @@ class Verb:
             return True
         return status.can_transition_to(self.target)
 
-    @property
-    def touches_waits(self) -> bool:
-        """Whether it enters or leaves a wait, or wakes an engine."""
-        moves = self.target is not None and FlowStatus.WAITING in {self.target, *self.sources}
-        return moves or "wake" in self.takes
-
 
 _DELTAS = ("n_unset", "n_increment")
 _NEW_WAIT = ("due_at", "waiter")
@@ -122,8 +116,9 @@ REQUEST_CANCEL = Verb(
     allow_oom=True,
     takes=("wake",),
 )
-UPDATE_STATE = Verb("state_updated", None, takes=("merge", *_DELTAS))
-VERBS = (START_RUNNING, SET_WAITING, RESUME, FINISH, FAIL, CANCEL, REQUEST_CANCEL, UPDATE_STATE)
+UPDATE_STATE = Verb("state_updated", None, takes=("merge",))
+UPDATE_DELTAS = Verb("state_updated", None, takes=("merge", *_DELTAS))
+VERBS = (START_RUNNING, SET_WAITING, RESUME, FINISH, FAIL, CANCEL, REQUEST_CANCEL, UPDATE_STATE, UPDATE_DELTAS)
 
 # What `update_and_append` runs, by the status of the flow it is given.
 REWRITES = {
@@ -132,7 +127,7 @@ REWRITES = {
         status,
         in_place=True,
         when_cancel_pending="allow" if status is FlowStatus.CANCELLED else "refuse",
-        takes=("merge", *_DELTAS, *_NEW_WAIT, "wake"),
+        takes=("kind", "merge", *_DELTAS, *_NEW_WAIT, "wake"),
     )
     for status in FlowStatus
 }

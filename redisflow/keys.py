@@ -54,7 +54,7 @@ def meta_key(prefix: str) -> str:
     return f"{prefix}:meta"
 
 
-@attrs.frozen
+@attrs.frozen(eq=False)
 class Partition:
     """The key names of one partition. `owner` names arrive encoded, checked by the caller."""
 
@@ -63,11 +63,11 @@ class Partition:
     slot: int
     due: bytes
     waiters: bytes
-    statuses: tuple[bytes, ...]
     _flow: bytes = attrs.field(repr=False)
     _events: bytes = attrs.field(repr=False)
     _steps: bytes = attrs.field(repr=False)
     _owner: bytes = attrs.field(repr=False)
+    _statuses: dict[FlowStatus, bytes] = attrs.field(repr=False)
 
     @classmethod
     def named(cls, prefix: str, number: int, partitions: int) -> Partition:
@@ -81,7 +81,7 @@ class Partition:
             slot=slot_of(tag),
             due=head + b"due",
             waiters=head + b"waiters",
-            statuses=tuple(head + b"status:" + status.encode() for status in FlowStatus),
+            statuses={status: head + b"status:" + status.encode() for status in FlowStatus},
             flow=head + b"flow:",
             events=head + b"events:",
             steps=head + b"steps:",
@@ -106,13 +106,10 @@ class Partition:
 
     def status(self, status: FlowStatus) -> bytes:
         """The sorted set of the flows in a status, by last change."""
-        return self.statuses[_STATUS_ORDER[status]]
+        return self._statuses[status]
 
 
-_STATUS_ORDER = {status: index for index, status in enumerate(FlowStatus)}
-
-
-@attrs.frozen
+@attrs.frozen(eq=False)
 class Keyspace:
     """The partitions of one namespace."""
 

@@ -244,7 +244,7 @@ class FlowManager:
 
     def iter_by_owner(self, owner: str, *, page: int = 500) -> Iterator[Flow]:
         """Every flow of an owner, newest first, `page` at a time in memory."""
-        return self._pages(reads.Listing(self.namespace, owner=owner, page=page))
+        return self._pages(reads.Listing.of_owner(self.namespace, owner, page))
 
     def iter_by_status(
         self, status: FlowStatus | str, *, page: int = 500, updated_before: datetime | None = None
@@ -253,7 +253,7 @@ class FlowManager:
 
         A flow that changes while this goes on may be missed; none is met twice.
         """
-        return self._pages(reads.Listing(self.namespace, status=status, page=page, updated_before=updated_before))
+        return self._pages(reads.Listing.of_status(self.namespace, status, updated_before, page))
 
     def count_by_status(self) -> dict[FlowStatus, int]:
         """How many flows are in each status."""
@@ -291,7 +291,7 @@ class FlowManager:
         expected_revision: int | None = None,
         op_id: str | None = None,
     ) -> Flow:
-        """Waiting → running, the wait cleared and the patch merged into the state.
+        """Created or waiting → running, the wait cleared and the patch merged into the state.
 
         Raises:
             FlowNotFound, RevisionMismatch, AlreadyTerminal, CancelPending, IllegalTransition: in this order.

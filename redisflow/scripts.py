@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from itertools import count
 from pathlib import Path
 
@@ -77,7 +77,7 @@ DELETE = Script.load("delete", flags=ALLOW_OOM)
 
 # --- transitions ---------------------------------------------------------------------------------------
 
-_FIRST_KEY, _FIRST_ARG = 3, 8
+_FIRST_KEY, _FIRST_ARG = 3, 7
 _OPTIONAL = (
     "merge", "due_at", "waiter", "wake", "stamp_field", "stamp_head", "stamp_tail", "n_unset", "n_increment",
 )  # fmt: skip
@@ -88,32 +88,65 @@ def spaced(statuses: Iterable[FlowStatus]) -> str:
     return "".join(f" {status} " for status in statuses)
 
 
-def _prelude(verb: Verb) -> str:
+@attrs.frozen(eq=False)
+class TransitionScript:
+    """The script of one verb, for flows in any status it may start from or in just one.
+
+    Attributes:
+        sources: those statuses: their sets come first in the keys behind flow and events.
+        touches_waits: whether the due and waiters sets end the keys, behind the target's set.
+    """
+
+    verb: Verb
+    sources: tuple[FlowStatus, ...]
+    touches_waits: bool
+    script: Script
+
+    @classmethod
+    def load(cls, verb: Verb, sources: tuple[FlowStatus, ...]) -> TransitionScript:
+        """Load lua/transition.lua behind the verb's prelude."""
+        changes_wait = verb.target is not None or "wake" in verb.takes
+        touches_waits = verb.target is FlowStatus.WAITING or (changes_wait and FlowStatus.WAITING in sources)
+        # What ends or frees work goes on when the server is out of memory.
+        flags = ALLOW_OOM if verb.allow_oom else ""
+        script = Script.load("transition", flags=flags, prelude=_prelude(verb, sources, touches_waits=touches_waits))
+        return cls(verb, sources, touches_waits, script)
+
+
+def _prelude(verb: Verb, sources: tuple[FlowStatus, ...], *, touches_waits: bool) -> str:
     """A verb's row of the transition table as the constants and bindings that lua/transition.lua names."""
     keys = (f"KEYS[{n}]" for n in count(_FIRST_KEY))
-    sources = ", ".join(f"{status} = {next(keys)}" for status in verb.sources)
-    target_key = "nil" if verb.target is None else next(keys)
-    due_key, waiters_key = (next(keys), next(keys)) if verb.touches_waits else ("nil", "nil")
+    source_keys = ", ".join(f"{status} = {next(keys)}" for status in sources)
     args = {name: f"ARGV[{n}]" for n, name in enumerate(verb.takes, _FIRST_ARG)}
-    constants = {
+    bindings = {
         "TARGET": "nil" if verb.target is None else f"'{verb.target}'",
         "WHEN_PENDING": f"'{verb.when_cancel_pending}'",
         "WHEN_TERMINAL": f"'{verb.when_terminal}'",
         "STATUSES": f"'{spaced(FlowStatus)}'",
         "TERMINAL": f"'{spaced(TERMINAL)}'",
+        "SOURCES": f"'{spaced(verb.sources)}'",
         "WITH_EVENT": "false" if verb.kind else "true",
         "FIELDS_FROM": str(_FIRST_ARG + len(verb.takes)),
-        "source_keys": f"{{{sources}}}",
-        "target_key": target_key,
-        "due_key": due_key,
-        "waiters_key": waiters_key,
-        **{name: args.get(name, "nil") for name in _OPTIONAL},
+        "source_keys": f"{{{source_keys}}}",
+        "target_key": "nil" if verb.target is None else next(keys),
+        "due_key": next(keys) if touches_waits else "nil",
+        "waiters_key": next(keys) if touches_waits else "nil",
+        "kind": f"'{verb.kind}'",
+        **dict.fromkeys(_OPTIONAL, "nil"),
+        **args,
     }
-    return f"local {', '.join(constants)} =\n  {', '.join(constants.values())}\n"
+    return f"local {', '.join(bindings)} =\n  {', '.join(bindings.values())}\n"
 
 
-# What ends or frees work goes on when the server is out of memory.
-TRANSITIONS = {
-    verb: Script.load("transition", flags=ALLOW_OOM if verb.allow_oom else "", prelude=_prelude(verb))
-    for verb in (*VERBS, *REWRITES.values())
-}
+def _transitions() -> Iterator[tuple[tuple[Verb, FlowStatus | None], TransitionScript]]:
+    for verb in (*VERBS, *REWRITES.values()):
+        for source in FlowStatus:
+            if source in verb.sources:
+                yield (verb, source), TransitionScript.load(verb, (source,))
+            else:
+                yield (verb, source), TransitionScript.load(verb, verb.sources)
+        yield (verb, None), TransitionScript.load(verb, verb.sources)
+
+
+# By verb and the status of the caller's copy, if there is one.
+TRANSITIONS = dict(_transitions())

@@ -16,6 +16,11 @@ def _positive(_: object, attribute: attrs.Attribute[Any], value: object) -> None
         raise InvalidData(f"{attribute.name} must be a number above 0, not {value!r}")
 
 
+def _whole(_: object, attribute: attrs.Attribute[Any], value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise InvalidData(f"{attribute.name} must be a whole number, 1 or more, not {value!r}")
+
+
 @attrs.frozen(kw_only=True)
 class Settings:
     """The options of a manager.
@@ -33,8 +38,8 @@ class Settings:
     prefix: str = "redisflow"
     partitions: int | None = None
     deadline_s: float = attrs.field(default=15.0, validator=_positive)
-    max_payload_bytes: int = attrs.field(default=DEFAULT_MAX_PAYLOAD_BYTES, validator=_positive)
-    max_connections: int = attrs.field(default=50, validator=_positive)
+    max_payload_bytes: int = attrs.field(default=DEFAULT_MAX_PAYLOAD_BYTES, validator=_whole)
+    max_connections: int = attrs.field(default=50, validator=_whole)
     allow_eviction: bool = False
 
     def namespace(self) -> Namespace:

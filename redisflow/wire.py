@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import ssl
 import threading
 import time
 from collections import deque
@@ -47,7 +48,8 @@ def refused_all(error: Exception) -> bool:
 
 def not_sent(error: Exception) -> Lost:
     """The loss of a packet that never left, because no connection could be had."""
-    lost = Lost(f"cannot connect: {error}", sent=False, lasting=isinstance(error, _LASTING))
+    lasting = isinstance(error, _LASTING) or isinstance(error.__context__, ssl.SSLCertVerificationError)
+    lost = Lost(f"cannot connect: {error}", sent=False, lasting=lasting)
     lost.__cause__ = error
     return lost
 

@@ -1,15 +1,21 @@
 -- Guards of the operations that add to a flow's record and leave its revision alone.
 
 -- Returns the flow's revision; or nil and a refusal; or nil, nil and the entry this very operation left before.
-local function audit_guard(flow_key, events_key, op, look, expected)
+local function audit_guard(flow_key, events_key, op, kind, conditions)
   local revision, etag = unpack(redis.call('HMGET', flow_key, 'revision', 'etag'), 1, 2)
   if not revision then
-    return nil, {'ABSENT'}
+    return nil, {redis.call('EXISTS', flow_key) == 0 and 'ABSENT' or 'CORRUPT', 'revision'}
   end
+  if conditions == '' then
+    return revision
+  end
+  local look, expected = string.match(conditions, '^(.*)|(.*)$')
   if look ~= '' then
     --- include: look_back.lua
     local verdict, entry = look_back(events_key, op, look)
-    if verdict == 'FOUND' then
+    if verdict == 'FOUND' and entry[2][4] ~= kind then
+      return nil, {'OTHER_OP', entry[2][4]}
+    elseif verdict == 'FOUND' then
       return nil, nil, entry
     elseif verdict == 'UNKNOWN' then
       return nil, {'UNKNOWN'}

@@ -8,11 +8,11 @@ from typing import Any
 
 import attrs
 
-from redisflow import scripts
 from redisflow.calls import Call
 from redisflow.codec import (
     INT64_MAX,
     INT64_MIN,
+    WHOLE_STATE,
     failure_stamp,
     pack,
     pack_plain,
@@ -27,10 +27,10 @@ from redisflow.flow import (
     RESUME,
     SET_WAITING,
     START_RUNNING,
+    UPDATE_DELTAS,
     UPDATE_STATE,
     Flow,
     FlowRef,
-    FlowStatus,
     Verb,
 )
 from redisflow.ops.fields import (
@@ -52,6 +52,7 @@ from redisflow.ops.namespace import (
     target_of,
     whole_number,
 )
+from redisflow.scripts import TRANSITIONS
 from redisflow.waits import AnyWait, require_name
 
 NO_CHANGE = Change()
@@ -62,19 +63,19 @@ class Transition:
     """One verb about to run on one flow: builds the call, and reads its reply.
 
     Attributes:
-        kind: of the event.
         expected: what the flow must be, as by `expectation`.
         op, look: the operation's id, and whether a first attempt must look for it.
+        narrow: give the script just the keys for the status of the caller's copy.
     """
 
     target: Target
     verb: Verb
-    kind: str
     change: Change
     payload: bytes
     expected: bytes
     op: str
     look: bytes
+    narrow: bool = True
 
     @classmethod
     def of(
@@ -89,39 +90,50 @@ class Transition:
         op_id: object,
     ) -> Transition:
         """Check and assemble one of the lifecycle's verbs."""
-        namespace.require_room("the change", (payload, *change.fields.values()))
+        namespace.require_room("the event's payload", [payload])
+        namespace.require_room("the change", change.fields.values())
         expected = expectation(target, expected_revision)
-        return cls(target, verb, verb.kind, change, payload, expected, op_id_of(op_id), look_of(op_id))
+        return cls(target, verb, change, payload, expected, op_id_of(op_id), look_of(op_id))
+
+    def run(self, namespace: Namespace) -> Generator[Call, Any, Any]:
+        """Call the script. Returns its reply."""
+        reply = yield self.call(namespace)
+        if reply == [b"OTHER_KEYS"]:
+            # The caller's copy was of another status: nothing was done yet, and all keys will do.
+            reply = yield attrs.evolve(self, narrow=False).call(namespace)
+        return reply
 
     def call(self, namespace: Namespace) -> Call:
         """The script call."""
-        target, change, verb = self.target, self.change, _VERBS[self.verb]
-        partition, member = partition_of(namespace, target), target.member
-        statuses = partition.statuses
+        target, change, verb = self.target, self.change, self.verb
+        partition, member, base = partition_of(namespace, target), target.member, target.base
+        if change.merge == b"patch" and base is not None and WHOLE_STATE in base.fields:
+            change = attrs.evolve(change, merge=b"over")
+        script = TRANSITIONS[verb, base.status if self.narrow and base is not None else None]
+        statuses = script.sources if verb.target is None else (*script.sources, verb.target)
         return Call(
-            verb.script,
+            script.script,
             partition.slot,
             (
                 partition.flow(member),
                 partition.events(member),
-                *[statuses[n] for n in verb.statuses],
-                *((partition.due, partition.waiters) if verb.touches_waits else ()),
+                *[partition.status(status) for status in statuses],
+                *((partition.due, partition.waiters) if script.touches_waits else ()),
             ),
             (
-                self.op.encode(),
-                self.look,
                 member,
-                self.expected,
-                b"" if target.base is None else target.base.etag,
-                self.kind.encode(),
+                b"" if base is None else base.etag,
+                b"" if base is None else b"%d" % (base.revision + 1),
                 self.payload,
                 *[getattr(change, name) for name in verb.takes],
                 *change.unset,
                 *flat({field: b"%d" % delta for field, delta in change.increments.items()}),
                 *flat(change.fields),
             ),
-            flow_id=target.flow_id,
-            op_id=self.op,
+            target.flow_id,
+            self.op,
+            self.look,
+            self.expected,
         )
 
     def read(self, reply: Any) -> Flow:
@@ -135,7 +147,7 @@ class Transition:
                 return Flow.from_stored(self.target.base)
             case [b"FLOW", stored, *_]:
                 return found(self.target.flow_id, stored)
-        raise_refusal(reply, self.target.flow_id, self.op, expected=self.expected, to=self.verb.target)
+        return raise_refusal(reply, self.target.flow_id, self.op, expected=self.expected, to=self.verb.target)
 
     def _applied(self, updated_at: bytes) -> Flow:
         if self.target.base is None:
@@ -143,30 +155,11 @@ class Transition:
         return Flow.from_stored(self.change.applied(self.target.base, self.verb.target, self.op, updated_at))
 
 
-@attrs.frozen
-class _Prepared:
-    """What the calls of a verb have in common; `statuses` are the sets it is given, by position."""
-
-    script: scripts.Script
-    statuses: tuple[int, ...]
-    touches_waits: bool
-    takes: tuple[str, ...]
-
-    @classmethod
-    def of(cls, verb: Verb, script: scripts.Script) -> _Prepared:
-        statuses = (*verb.sources, *(() if verb.target is None else (verb.target,)))
-        order = list(FlowStatus)
-        return cls(script, tuple(order.index(status) for status in statuses), verb.touches_waits, verb.takes)
-
-
-_VERBS = {verb: _Prepared.of(verb, script) for verb, script in scripts.TRANSITIONS.items()}
-
-
 def _run(
     namespace: Namespace, flow: FlowRef, verb: Verb, change: Change, payload: bytes, **options: Any
 ) -> Generator[Call, Any, Flow]:
     transition = Transition.of(namespace, target_of(flow), verb, change, payload, **options)
-    reply = yield transition.call(namespace)
+    reply = yield from transition.run(namespace)
     return transition.read(reply)
 
 
@@ -232,12 +225,13 @@ def update_state(
     patch = plain("patch", patch)
     change = merging(patch)
     payload: dict[str, Any] = {"patch": patch, "next_step": next_step}
-    if increment or unset:
+    if increment is not None or unset != ():
         change, more = _with_deltas(change, {} if increment is None else increment, unset)
         payload |= more
     if next_step is not None:
         change.fields[b"current_step"] = require_name("next_step", next_step)
-    return _run(namespace, flow, UPDATE_STATE, change, pack_plain(payload), **options)
+    verb = UPDATE_DELTAS if change.unset or change.increments else UPDATE_STATE
+    return _run(namespace, flow, verb, change, pack_plain(payload), **options)
 
 
 def _with_deltas(change: Change, increment: object, unset: object) -> tuple[Change, dict[str, Any]]:
@@ -250,6 +244,8 @@ def _with_deltas(change: Change, increment: object, unset: object) -> tuple[Chan
     if not isinstance(unset, Iterable) or isinstance(unset, str | bytes):
         raise InvalidData("unset must be the keys to remove, as in unset=['tmp']")
     keys = list(unset)
+    if not increment and not keys:
+        return change, {}
     change = attrs.evolve(
         change,
         merge=change.merge or b"patch",

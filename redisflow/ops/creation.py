@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from typing import Any
-from uuid import UUID, uuid4
+from uuid import UUID
 
 from redisflow import scripts
 from redisflow.calls import Call
@@ -49,7 +49,8 @@ def create(
 ) -> Generator[Call, Any, Flow]:
     """Create a flow: `created`, or running at once where it mirrors work that has begun elsewhere."""
     op = op_id_of(op_id)
-    target = Target(uuid4() if flow_id is None else flow_id_of(flow_id))
+    # The id of a flow is that of the operation that makes it: called again with its op_id, it is the same flow.
+    target = Target(UUID(hex=op, version=4) if flow_id is None else flow_id_of(flow_id))
     owner = require_name("owner_session_key", owner_session_key)
     status = FlowStatus.RUNNING if mirrored else FlowStatus.CREATED
     fields = {
@@ -58,8 +59,6 @@ def create(
         b"owner_session_key": owner,
         b"requester_origin": require_name("requester_origin", requester_origin),
         b"current_step": require_name("current_step", current_step),
-        b"status": status.value.encode(),
-        b"cancel_requested": b"0",
     }
     initial = state_fields({} if state is None else plain("state", state))
     fields |= initial
@@ -80,19 +79,20 @@ def create(
             partition.status(status),
         ),
         (
-            op.encode(),
-            look_of(op_id),
             target.member,
             owner if exist_ok else b"",
+            status.value.encode(),
             b"%d" % (len(events) // 2),
             *events,
             *flat(fields),
         ),
-        flow_id=target.flow_id,
-        op_id=op,
+        target.flow_id,
+        op,
+        look_of(op_id),
     )
     match reply:
         case bytes() as created_at:
+            fields |= {b"status": status.value.encode(), b"cancel_requested": b"0"}
             fields |= {b"revision": b"%d" % (len(events) // 2 - 1), b"etag": op.encode()}
             fields |= {b"created_at": created_at, b"updated_at": created_at}
             return Flow.from_stored(StoredFlow(target.flow_id, target.member, fields))

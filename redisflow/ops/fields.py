@@ -15,10 +15,9 @@ from redisflow.codec import (
     encode_plain,
     pack_plain,
     plain,
-    read_flow,
     stamped,
 )
-from redisflow.errors import FlowNotFound, InvalidData
+from redisflow.errors import InvalidData
 from redisflow.flow import (
     Flow,
     FlowStatus,
@@ -34,7 +33,8 @@ class Change:
 
     Attributes:
         fields: hash fields to set.
-        merge: what becomes of the state: nothing, `patch` or `replace`.
+        kind: of the event, where the verb does not say it.
+        merge: what becomes of the state: nothing, `patch`, `over` or `replace`.
         unset, increments: state fields to delete, and to add to.
         due_at, waiter: the index entries of a new wait; empty for none.
         wake: have an engine look at the flow at once, if it stays waiting.
@@ -43,6 +43,7 @@ class Change:
 
     fields: Fields = attrs.field(factory=dict)
     merge: bytes = b""
+    kind: bytes = b""
     unset: Sequence[bytes] = ()
     increments: Mapping[bytes, int] = attrs.field(factory=dict)
     due_at: bytes = b""
@@ -94,11 +95,8 @@ def flat(fields: Mapping[bytes, bytes]) -> Iterable[bytes]:
 
 
 def found(flow_id: UUID, stored: Sequence[bytes]) -> Flow:
-    """The flow in a script's reply."""
-    flow = read_flow(flow_id, stored)
-    if flow is None:
-        raise FlowNotFound(flow_id)
-    return flow
+    """The flow in a script's reply. What was applied was applied, even where other fields are damaged."""
+    return Flow.from_stored(StoredFlow.of(flow_id, stored))
 
 
 def is_state(field: bytes) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime
@@ -25,6 +26,8 @@ from redisflow.errors import (
 from redisflow.flow import Flow, FlowRef, FlowStatus
 from redisflow.keys import Keyspace, Partition, require_partitions, require_prefix
 from redisflow.waits import require_aware, to_us
+
+log = logging.getLogger("redisflow")
 
 DEFAULT_MAX_PAYLOAD_BYTES = 2**20
 
@@ -74,6 +77,17 @@ class Target:
     @member.default
     def _text_of_id(self) -> bytes:
         return str(self.flow_id).encode()
+
+
+def targets_of(members: Iterable[bytes]) -> list[Target]:
+    """The flows of an index. An entry that is no id is left out and logged."""
+    targets = []
+    for member in members:
+        try:
+            targets.append(Target(UUID(member.decode())))
+        except ValueError:
+            log.warning("left out an index entry that is no flow id: %r", member[:60])
+    return targets
 
 
 def target_of(flow: FlowRef) -> Target:
@@ -201,7 +215,8 @@ def raise_refusal(
         b"NOT_INTEGER": lambda: InvalidData(
             f"flow {flow_id}: state[{fact[2:]!r}] cannot be incremented: it is no 64-bit integer, or its sum is not"
         ),
-        b"NOT_MAPPING": lambda: InvalidData(f"flow {flow_id}: increment needs a state that is a mapping"),
+        b"NOT_MAPPING": lambda: InvalidData(f"flow {flow_id}: increment and unset need a state that is a mapping"),
+        b"OTHER_OP": lambda: InvalidData(f"flow {flow_id}: op_id {op_id} was used before, for {fact!r}; use a new one"),
         b"CORRUPT": lambda: InvalidData(f"flow {flow_id}, field {fact!r}: stored bytes make no sense"),
     }
     error = errors[tag]()

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import logging
 from collections import deque
 from collections.abc import Generator, Iterable, Sequence
 from datetime import datetime
 from typing import Any
-from uuid import UUID
 
 import attrs
 
 from redisflow.calls import Command, Read, command
 from redisflow.codec import read_flow
-from redisflow.errors import InvalidData
+from redisflow.errors import FlowError, InvalidData
 from redisflow.flow import Flow, FlowRef, FlowStatus
 from redisflow.keys import Partition
 from redisflow.ops.namespace import (
@@ -21,14 +19,14 @@ from redisflow.ops.namespace import (
     Target,
     flow_id_of,
     limit_of,
+    log,
     partition_of,
     score_before,
     status_of,
+    targets_of,
     whole_number,
 )
 from redisflow.waits import require_name
-
-log = logging.getLogger("redisflow")
 
 _ALL = 2**31  # as one page: a listing without a limit is one look at each set
 
@@ -103,41 +101,44 @@ class Listing:
     and meets none of them twice, its later pages leave out what has changed since the first was read.
     """
 
-    def __init__(
-        self,
-        namespace: Namespace,
-        *,
-        owner: str | None = None,
-        status: FlowStatus | str | None = None,
-        updated_before: datetime | None = None,
-        page: int = 500,
-    ) -> None:
-        """Check the inputs. Either `owner` or `status` is given."""
+    def __init__(self, namespace: Namespace, page: int, *, owner: bytes, status: FlowStatus | None, end: bytes) -> None:
+        """Start at the head of an owner's flows, or of those in a status; `end` bounds the score."""
         self._namespace = namespace
-        self._owner = None if owner is None else require_name("owner_session_key", owner)
-        self._status = None if status is None else status_of(status)
-        self._end = b"-inf" if status is None else score_before("updated_before", updated_before)
+        self._owner = owner
+        self._status = status
+        self._end = end
         self._page = whole_number("page", page)
         if self._page < 1:
             raise InvalidData(f"page must be 1 or more, not {page!r}")
         self._sources: list[_Source] = []
 
+    @classmethod
+    def of_owner(cls, namespace: Namespace, owner: str, page: int) -> Listing:
+        """The flows of an owner, newest first."""
+        return cls(namespace, page, owner=require_name("owner_session_key", owner), status=None, end=b"-inf")
+
+    @classmethod
+    def of_status(
+        cls, namespace: Namespace, status: FlowStatus | str, updated_before: datetime | None, page: int
+    ) -> Listing:
+        """The flows in a status, the longest unchanged first."""
+        end = score_before("updated_before", updated_before)
+        return cls(namespace, page, owner=b"", status=status_of(status), end=end)
+
     def next_page(self) -> Generator[Read, Any, list[Flow] | None]:
-        """The next flows in order; `None` after the last."""
-        ids = yield from self.next_ids()
-        if not ids:
+        """The next flows in order; `None` after the last. A damaged flow must not hide the others."""
+        targets = yield from self.next_targets()
+        if targets is None:
             return None
-        targets = [Target(UUID(member.decode())) for member in ids]
-        replies = yield Read([hgetall(self._namespace, target) for target in targets])
-        flows = (_listed(target, flat) for target, flat in zip(targets, replies, strict=True))
-        return [flow for flow in flows if flow is not None and self._belongs(flow)]
+        flows = yield from read_sound(self._namespace, targets, "left out of a listing")
+        return [flow for flow in flows if self._belongs(flow)]
 
     def _belongs(self, flow: Flow) -> bool:
         """Whether the flow is still where the index had it when it was read."""
         return self._status is None or flow.status is self._status
 
-    def next_ids(self) -> Generator[Read, Any, list[bytes]]:
-        """The next ids in order; none after the last."""
+    def next_targets(self) -> Generator[Read, Any, list[Target] | None]:
+        """The next ids in order; `None` after the last."""
         if not self._sources:
             self._sources = [self._source(partition) for partition in self._namespace.keyspace.partitions]
         ids: list[bytes] = []
@@ -151,7 +152,7 @@ class Listing:
                 ids.append(first.buffer.popleft()[1])
             elif all(source.exhausted for source in self._sources):
                 break
-        return ids
+        return targets_of(ids) if ids else None
 
     def _rank(self, source: _Source) -> float:
         score = source.buffer[0][0]
@@ -168,17 +169,15 @@ class Listing:
             self._end = b"%d%06d" % (int(seconds), int(micros))
 
     def _source(self, partition: Partition) -> _Source:
-        if self._owner is not None:
-            return _Source(partition, partition.owner(self._owner), b"+inf")
         if self._status is None:
-            raise AssertionError
+            return _Source(partition, partition.owner(self._owner), b"+inf")
         return _Source(partition, partition.status(self._status), b"-inf")
 
 
 def list_by_owner(namespace: Namespace, owner: str, limit: int | None) -> Generator[Read, Any, list[Flow]]:
     """The flows of an owner, newest first."""
     limit = limit_of(limit)
-    return _first(Listing(namespace, owner=owner, page=limit or _ALL), limit)
+    return _first(Listing.of_owner(namespace, owner, limit or _ALL), limit)
 
 
 def list_by_status(
@@ -186,7 +185,7 @@ def list_by_status(
 ) -> Generator[Read, Any, list[Flow]]:
     """The flows in a status, the longest unchanged first."""
     limit = limit_of(limit)
-    return _first(Listing(namespace, status=status, updated_before=updated_before, page=limit or _ALL), limit)
+    return _first(Listing.of_status(namespace, status, updated_before, limit or _ALL), limit)
 
 
 def _first(listing: Listing, limit: int | None) -> Generator[Read, Any, list[Flow]]:
@@ -199,13 +198,20 @@ def _first(listing: Listing, limit: int | None) -> Generator[Read, Any, list[Flo
     return flows[:limit]
 
 
-def _listed(target: Target, flat: Sequence[bytes]) -> Flow | None:
-    """A flow of a listing: one damaged flow must not hide the others."""
-    try:
-        return read_flow(target.flow_id, flat)
-    except InvalidData as error:
-        log.warning("left out of a listing: %s", error)
-        return None
+def read_sound(namespace: Namespace, targets: Sequence[Target], otherwise: str) -> Generator[Read, Any, list[Flow]]:
+    """Read flows, without those that are gone; a damaged one is logged, with what became of it."""
+    replies = yield Read([hgetall(namespace, target) for target in targets], tolerant=True)
+    flows: list[Flow] = []
+    for target, reply in zip(targets, replies, strict=True):
+        try:
+            if isinstance(reply, FlowError):
+                raise reply
+            flow = read_flow(target.flow_id, reply)
+        except InvalidData as error:
+            log.warning("%s: flow %s: %s", otherwise, target.flow_id, error)
+        else:
+            flows += [] if flow is None else [flow]
+    return flows
 
 
 def hgetall(namespace: Namespace, target: Target) -> Command:

@@ -52,9 +52,11 @@ def append_event(
         scripts.APPEND_EVENT,
         partition.slot,
         (partition.flow(target.member), partition.events(target.member)),
-        (op.encode(), look_of(op_id), expected, kind_bytes, packed),
-        flow_id=target.flow_id,
-        op_id=op,
+        (kind_bytes, packed),
+        target.flow_id,
+        op,
+        look_of(op_id),
+        expected,
     )
     if reply[0] != b"OK":
         raise_refusal(reply, target.flow_id, op, expected=expected)
@@ -160,9 +162,6 @@ def record_step_observation(
             partition.steps(target.member),
         ),
         (
-            op.encode(),
-            look_of(op_id),
-            expected,
             run_id,
             step_head(uuid4()),
             pack("child_session_key", child),
@@ -170,8 +169,10 @@ def record_step_observation(
             b"step_observed",
             pack("payload", payload),
         ),
-        flow_id=target.flow_id,
-        op_id=op,
+        target.flow_id,
+        op,
+        look_of(op_id),
+        expected,
     )
     if reply[0] != b"OK":
         raise_refusal(reply, target.flow_id, op, expected=expected)

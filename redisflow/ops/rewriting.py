@@ -61,22 +61,24 @@ def update_and_append(
     require_name("kind", kind)
     target = target_of(flow)
     revision = whole_number("flow.revision", flow.revision)
-    if expected_revision is not None and whole_number("expected_revision", expected_revision) != revision:
-        raise RevisionMismatch(target.flow_id, int(str(expected_revision)), revision)
+    expected = b"%d %b" % (revision, require_name("flow.etag", flow.etag))
+    asked = revision if expected_revision is None else whole_number("expected_revision", expected_revision)
+    if asked != revision:
+        expected = b"%d -" % asked  # no version of a flow is both: the script refuses
     packed = pack("payload", {} if payload is None else payload)
-    change = _rewriting(flow, target)
-    namespace.require_room("the change", (packed, *change.fields.values()))
+    change = attrs.evolve(_rewriting(flow, target), kind=kind.encode())
+    namespace.require_room("payload", [packed])
+    namespace.require_room("the flow", change.fields.values())
     transition = Transition(
         target=target,
         verb=REWRITES[status_of(flow.status)],
-        kind=kind,
         change=change,
         payload=packed,
-        expected=b"%d %b" % (revision, require_name("flow.etag", flow.etag)),
+        expected=expected,
         op=op_id_of(op_id),
         look=look_of(op_id),
     )
-    reply = yield transition.call(namespace)
+    reply = yield from transition.run(namespace)
     updated = transition.read(reply)
     event_revision, event_id = (revision + 1, reply[2]) if reply[0] == b"OK" else (int(reply[3]), reply[2])
     return updated, FlowEvent(
@@ -112,7 +114,7 @@ def _rewriting(flow: Flow, target: Target) -> Change:
         # The compare makes sure that the base is what is stored: send what differs from it.
         old = {field: value for field, value in base.fields.items() if is_state(field)}
         change.fields.update({field: value for field, value in state.items() if old.get(field) != value})
-        return attrs.evolve(change, unset=[field for field in old if field not in state])
+        return attrs.evolve(change, merge=b"patch", unset=[field for field in old if field not in state])
     change.fields.update(state)
     return attrs.evolve(change, merge=b"replace")
 

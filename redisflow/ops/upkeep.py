@@ -6,13 +6,12 @@ import warnings
 from collections.abc import Generator
 from datetime import timedelta
 from typing import Any
-from uuid import UUID
 
 from redisflow import scripts
-from redisflow.calls import Batch, Call, Read, Refusal, command
+from redisflow.calls import Batch, Call, Command, Read, command
 from redisflow.errors import FlowError, InvalidData, LayoutMismatch, StorageError
-from redisflow.flow import TERMINAL, FlowRef
-from redisflow.keys import DEFAULT_PARTITIONS, LAYOUT_VERSION, meta_key
+from redisflow.flow import TERMINAL, FlowRef, FlowStatus
+from redisflow.keys import DEFAULT_PARTITIONS, LAYOUT_VERSION, MAX_PARTITIONS, Partition, meta_key
 from redisflow.ops.namespace import (
     Namespace,
     Target,
@@ -61,10 +60,47 @@ def connect(namespace: Namespace, *, real_server: bool, allow_eviction: bool) ->
     if namespace.partitions not in {None, found_partitions}:
         raise LayoutMismatch(namespace.prefix, "partition count", namespace.partitions or 0, found_partitions)
     namespace.connected(found_partitions)
+    if real_server:
+        yield from _check_permissions(namespace.keyspace.partitions[0], meta)
+
+
+def _check_permissions(partition: Partition, meta: bytes) -> Generator[Read, Any, None]:
+    """Check that this user may do what the scripts do: refused midway, a script keeps what it wrote before.
+
+    Raises:
+        StorageError: a permission is missing; names the command.
+    """
+    member = b"00000000-0000-0000-0000-000000000000"  # no flow of ours has this id
+    flow, events, steps = partition.flow(member), partition.events(member), partition.steps(member)
+    index = partition.owner(member)
+    # Each changes nothing: on keys that do not exist, or, for two, by writing what is there already.
+    yield Read(
+        [
+            *(command(partition, name, flow) for name in (b"EXISTS", b"HGETALL", b"HKEYS", b"HLEN")),
+            command(partition, b"HMGET", flow, b"status"),
+            command(partition, b"HGET", flow, b"status"),
+            command(partition, b"HEXISTS", flow, b"s"),
+            command(partition, b"HDEL", flow, b"s"),
+            command(partition, b"HSET", meta, b"layout", LAYOUT_VERSION),
+            command(partition, b"HINCRBY", meta, b"layout", 0),
+            command(partition, b"HVALS", steps),
+            command(partition, b"UNLINK", flow, events, steps),
+            command(partition, b"XADD", events, b"NOMKSTREAM", b"*", b"rev", b"0"),
+            command(partition, b"XLEN", events),
+            command(partition, b"XRANGE", events, b"-", b"+", b"COUNT", 1),
+            command(partition, b"XREVRANGE", events, b"+", b"-", b"COUNT", 1),
+            command(partition, b"XREAD", b"COUNT", 1, b"STREAMS", events, b"0-0"),
+            command(partition, b"ZADD", index, b"XX", 0, member),
+            command(partition, b"ZCARD", index),
+            command(partition, b"ZRANGE", index, 0, 0),
+            command(partition, b"ZREM", index, member),
+            command(partition, b"EVAL", b"#!lua\nreturn redis.call('TIME')", 1, flow),
+        ]
+    )
 
 
 def _number(namespace: Namespace, text: bytes | None) -> int:
-    if text is None or not text.isdigit() or int(text) < 1:
+    if text is None or not text.isdigit() or not 1 <= int(text[:9]) <= MAX_PARTITIONS:
         raise InvalidData(f"namespace {namespace.prefix!r}: {meta_key(namespace.prefix)} is damaged")
     return int(text)
 
@@ -74,8 +110,8 @@ def _check_server(*, allow_eviction: bool) -> Generator[Read, Any, None]:
     info_reply, save_reply = yield Read(
         [command(None, b"INFO"), command(None, b"CONFIG", b"GET", b"save")], tolerant=True
     )
-    if isinstance(info_reply, Refusal):
-        raise StorageError(f"the server cannot be checked: {info_reply.message}; allow this user the INFO command")
+    if isinstance(info_reply, FlowError):
+        raise info_reply
     info = dict(line.split(":", 1) for line in info_reply.decode().splitlines() if ":" in line)
     _check_version(info)
     policy = info.get("maxmemory_policy", "noeviction")
@@ -85,7 +121,7 @@ def _check_server(*, allow_eviction: bool) -> Generator[Read, Any, None]:
             "Set it to noeviction, or pass allow_eviction=True to accept losing them"
         )
     # Some hosts forbid CONFIG; then there is no telling, and nothing is said.
-    snapshots = isinstance(save_reply, Refusal) or (len(save_reply) > 1 and bool(save_reply[1]))
+    snapshots = isinstance(save_reply, FlowError) or (len(save_reply) > 1 and bool(save_reply[1]))
     if info.get("aof_enabled") == "0" and not snapshots:
         warnings.warn(
             "the server keeps nothing on disk (no append-only file, no snapshots): a restart loses every flow",
@@ -141,30 +177,29 @@ def prune_terminal_flows(namespace: Namespace, older_than: timedelta) -> Generat
         return 0
     pruned = 0
     for status in TERMINAL:
-        listing = Listing(namespace, status=status, updated_before=from_us(before_us), page=PRUNE_PAGE)
-        while ids := (yield from listing.next_ids()):
-            pruned += yield from _prune_page(namespace, ids, before_us)
+        listing = Listing.of_status(namespace, status, from_us(before_us), PRUNE_PAGE)
+        while (targets := (yield from listing.next_targets())) is not None:
+            pruned += yield from _prune_page(namespace, targets, before_us)
     return pruned
 
 
-def _prune_page(namespace: Namespace, ids: list[bytes], before_us: int) -> Generator[Any, Any, int]:
-    targets = [Target(UUID(member.decode())) for member in ids]
-    owners = yield Read([_owner_of(namespace, target) for target in targets])
+def _prune_page(namespace: Namespace, targets: list[Target], before_us: int) -> Generator[Any, Any, int]:
+    owners = yield Read([_owner_of(namespace, target) for target in targets], tolerant=True)
     calls = [
         _delete_call(namespace, target, owner, op_id_of(None), prune_before_us=before_us)
         for target, owner in zip(targets, owners, strict=True)
-        if owner is not None
+        if isinstance(owner, bytes)  # neither gone nor damaged
     ]
     if not calls:
         return 0
     outcomes = yield Batch(calls)
     for outcome in outcomes:
-        if isinstance(outcome, FlowError):
+        if isinstance(outcome, FlowError) and not isinstance(outcome, InvalidData):
             raise outcome
     return sum(outcome == [b"OK"] for outcome in outcomes)
 
 
-def _owner_of(namespace: Namespace, target: Target) -> Any:
+def _owner_of(namespace: Namespace, target: Target) -> Command:
     partition = partition_of(namespace, target)
     return command(partition, b"HGET", partition.flow(target.member), b"owner_session_key")
 
@@ -190,9 +225,10 @@ def _delete_call(
             partition.owner(owner),
             partition.due,
             partition.waiters,
-            *partition.statuses,
+            *(partition.status(status) for status in FlowStatus),
         ),
-        (op.encode(), b"", member, owner, expected, *pruning),
-        flow_id=target.flow_id,
-        op_id=op,
+        (member, owner, *pruning),
+        target.flow_id,
+        op,
+        expected=expected,
     )

@@ -2,33 +2,28 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Generator, Sequence
 from datetime import datetime
 from typing import Any
-from uuid import UUID
 
 import attrs
 
 from redisflow.calls import Batch, Read, Reply, command
-from redisflow.codec import pack_plain, plain, read_flow
+from redisflow.codec import pack_plain, plain
 from redisflow.errors import (
     AlreadyTerminal,
     CancelPending,
     FlowError,
     FlowNotFound,
     IllegalTransition,
-    InvalidData,
     RevisionMismatch,
 )
 from redisflow.flow import CANCEL, RESUME, Flow, FlowRef, FlowStatus, Verb
 from redisflow.ops.changes import NO_CHANGE, Transition
 from redisflow.ops.fields import merging
-from redisflow.ops.namespace import Namespace, Target, target_of
-from redisflow.ops.reads import get, hgetall
+from redisflow.ops.namespace import Namespace, log, op_id_of, target_of, targets_of
+from redisflow.ops.reads import get, read_sound
 from redisflow.waits import ExternalEvent, from_us, require_aware, to_us
-
-log = logging.getLogger("redisflow")
 
 PAGE = 100
 # Another engine, or the flow's own controller, was there first.
@@ -66,61 +61,61 @@ def tick(namespace: Namespace, now: datetime | None) -> Generator[Any, Any, Tick
     """Resume what is due at `now` (the server's time unless given), cancel what was asked to."""
     given_us = None if now is None else to_us(require_aware("now", now))
     partitions = namespace.keyspace.partitions
+    past = dict.fromkeys(range(len(partitions)), 0)  # due entries of each partition that stay: looked at already
     total = TickReport()
     while True:
         (seconds, micros), *replies = yield Read(
             [
                 command(None, b"TIME"),
-                *(command(p, b"ZRANGE", p.due, 0, PAGE - 1, b"WITHSCORES") for p in partitions),
+                *(
+                    command(p, b"ZRANGE", p.due, past[n], past[n] + PAGE - 1, b"WITHSCORES")
+                    for n, p in enumerate(partitions)
+                ),
                 *(command(p, b"ZCARD", p.status(FlowStatus.WAITING)) for p in partitions),
             ]
         )
         server_us = int(seconds) * 1_000_000 + int(micros)
         now_us = server_us if given_us is None else given_us
         pages, waiting = replies[: len(partitions)], sum(replies[len(partitions) :])
-        entries = [pair for flat in pages for pair in zip(flat[::2], map(float, flat[1::2]), strict=True)]
-        due = [UUID(member.decode()) for member, score in entries if score <= now_us]
-        later = [score for _, score in entries if score > now_us]
+        entries = [list(zip(flat[::2], map(float, flat[1::2]), strict=True)) for flat in pages]
+        due = [[member for member, score in page if score <= now_us] for page in entries]
+        later = [score for page in entries for _, score in page if score > now_us]
 
-        round_ = yield from _handle(namespace, due, from_us(now_us))
-        handled = round_.resumed + round_.cancelled
+        members = [member for page in due for member in page]
+        round_, ended = yield from _handle(namespace, members, from_us(now_us))
+        for n, page in enumerate(due):
+            past[n] += len([member for member in page if member not in ended])
         total = TickReport(
             scanned=total.scanned + round_.scanned,
             resumed=total.resumed + round_.resumed,
             cancelled=total.cancelled + round_.cancelled,
-            still_waiting=waiting - handled,
-            errors=round_.errors,
+            still_waiting=waiting - len(ended),
+            errors=total.errors + round_.errors,
         )
-        # What could not be handled stays due: only a round that got on is followed by another.
-        if not handled or all(len(flat) < 2 * PAGE for flat in pages):
+        if all(len(page) < PAGE for page in due):
             return Tick(total, (min(later) - server_us) / 1_000_000 if later else None)
 
 
-def _handle(namespace: Namespace, due: Sequence[UUID], now: datetime) -> Generator[Any, Any, TickReport]:
-    """Resume or cancel flows that the index has as due."""
-    if not due:
-        return TickReport()
-    targets = [Target(flow_id) for flow_id in due]
-    replies = yield Read([hgetall(namespace, target) for target in targets])
-    errors = 0
-    endings: list[Transition] = []
-    for target, stored in zip(targets, replies, strict=True):
-        try:
-            flow = read_flow(target.flow_id, stored)
-            ending = None if flow is None else _ending(namespace, flow, now)
-        except InvalidData as error:
-            errors += 1
-            log.error("a due flow cannot be handled: %s", error)  # noqa: TRY400 - the message says it all
-        else:
-            endings += [] if ending is None else [ending]
+def _handle(
+    namespace: Namespace, members: Sequence[bytes], now: datetime
+) -> Generator[Any, Any, tuple[TickReport, set[bytes]]]:
+    """Resume or cancel flows that the index has as due. Returns also those that wait no more."""
+    if not members:
+        return TickReport(), set()
+    targets = targets_of(members)
+    flows = yield from read_sound(namespace, targets, "a due flow cannot be handled")
+    errors = len(members) - len(flows)
+    endings = [ending for flow in flows if (ending := _ending(namespace, flow, now)) is not None]
     outcomes = (yield Batch([ending.call(namespace) for ending in endings])) if endings else []
-    ended = [_settled(ending, outcome) for ending, outcome in zip(endings, outcomes, strict=True)]
-    return TickReport(
-        scanned=len(due),
-        resumed=ended.count(RESUME),
-        cancelled=ended.count(CANCEL),
-        errors=errors + ended.count(None),
+    settled = [_settled(ending, outcome) for ending, outcome in zip(endings, outcomes, strict=True)]
+    ended = {e.target.member for e, verb in zip(endings, settled, strict=True) if verb in {RESUME, CANCEL, _LOST}}
+    report = TickReport(
+        scanned=len(members),
+        resumed=settled.count(RESUME),
+        cancelled=settled.count(CANCEL),
+        errors=errors + settled.count(None),
     )
+    return report, ended
 
 
 _LOST = Verb("lost", None)
@@ -135,7 +130,7 @@ def _settled(ending: Transition, outcome: Reply | FlowError) -> Verb | None:
     except _LOST_RACES:
         return _LOST
     except FlowError as error:
-        log.error("a due flow could not be changed: %s", error)  # noqa: TRY400 - the message says it all
+        log.error("a due flow could not be changed: %s", error)
         return None
     return ending.verb
 
@@ -180,16 +175,24 @@ def try_resume_external(
     """Resume a flow if it waits for just this event; `None` otherwise."""
     event = ExternalEvent(topic, correlation_id)
     patch = None if payload is None else {"resume_event": plain("payload", payload)}
+    op = op_id_of(op_id)
     while True:
         flow = yield from get(namespace, flow_id)
-        if flow is None or not _waits_for(flow, event):
+        if flow is None:
             return None
-        resuming = _resuming(namespace, flow, patch, op_id=op_id)
-        reply = yield resuming.call(namespace)
+        waits = _waits_for(flow, event)
+        if not waits and op_id is None:
+            return None
+        resuming = _resuming(namespace, flow, patch, op_id=None if op_id is None else op)
+        if not waits:
+            # It may wait no more because this very operation resumed it: only its replay gets past this condition.
+            resuming = attrs.evolve(resuming, expected=b"0 -")
         try:
-            return resuming.read(reply)
+            return resuming.read((yield from resuming.run(namespace)))
         except RevisionMismatch:
-            continue  # it changed since it was read: it may still wait for this event
+            if not waits:
+                return None
+            # It changed since it was read, and may still wait for this event.
         except _LOST_RACES:
             return None
 
@@ -211,6 +214,7 @@ def resume_waiters(
 ) -> Generator[Any, Any, list[Flow]]:
     """Resume every flow that waits for this event."""
     prefix = ExternalEvent(topic, correlation_id).waiter
+    payload = plain("payload", payload)
     found = yield Read(
         [
             command(p, b"ZRANGE", p.waiters, b"[" + prefix, b"[" + prefix + b"\xff", b"BYLEX")
@@ -218,8 +222,7 @@ def resume_waiters(
         ]
     )
     resumed = []
-    for member in (member for members in found for member in members):
-        flow_id = UUID(member[len(prefix) :].decode())
-        flow = yield from try_resume_external(namespace, flow_id, topic, correlation_id, payload)
+    for target in targets_of(member[len(prefix) :] for members in found for member in members):
+        flow = yield from try_resume_external(namespace, target.flow_id, topic, correlation_id, payload)
         resumed += [] if flow is None else [flow]
     return resumed
