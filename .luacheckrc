@@ -22,8 +22,8 @@ end
 -- The prelude of redisflow/scripts.py.
 files["lua/transition.lua"] = {
     read_globals = {
-        "TARGET", "WHEN_PENDING", "WHEN_TERMINAL", "STATUSES", "TERMINAL", "SOURCES", "WITH_EVENT", "FIELDS_FROM",
-        "source_keys", "target_key", "due_key", "waiters_key", "kind", "merge", "due_at", "waiter", "wake",
+        "COPY_STATUS", "TARGET", "WHEN_PENDING", "WHEN_TERMINAL", "STATUSES", "TERMINAL", "SOURCES", "WITH_EVENT", "FIELDS_FROM",
+        "created_key", "running_key", "waiting_key", "target_key", "due_key", "waiters_key", "kind", "merge", "due_at", "waiter", "wake",
         "stamp_field", "stamp_head", "stamp_tail", "n_unset", "n_increment",
     },
 }

@@ -5,30 +5,26 @@
 -- ARGV  1 op          id of this operation; it leaves no trace once the flow is gone
 --       2 conditions  '' or '<look>|<expected>', see include/look_back.lua and docs/layout.md
 --       3 flow_id
---       4 owner       whose set KEYS 4 is
---       5 terminal    '' to delete any flow, else only one in these statuses, each between spaces,
+--       4 created_at  which tells the flow from another of the same id, whose owner may be another
+--       5 terminal    '' to delete any flow, else only one in these statuses, each between bars,
 --       6 before      and last changed before this, in microseconds
--- REPLY OK | ABSENT | STALE revision | KEPT | MOVED (another owner's by now)
+-- REPLY OK | ABSENT | STALE revision | KEPT | MOVED (deleted and created anew since the caller saw it)
 local flow_key, events_key, steps_key, owner_key, due_key, waiters_key = unpack(KEYS, 1, 6)
-local conditions, flow_id, owner, terminal, before = unpack(ARGV, 2, 6)
+local conditions, flow_id, created_at, terminal, before = unpack(ARGV, 2, 6)
 local status_keys = {unpack(KEYS, 7, 12)}
 
-local stored =
-  redis.call('HMGET', flow_key, 'owner_session_key', 'revision', 'etag', 'status', 'updated_at', 'waiter')
-local found_owner, revision, etag, status, updated_at, waiter = unpack(stored, 1, 6)
-if not found_owner then
+local stored = redis.call('HMGET', flow_key, 'created_at', 'revision', 'etag', 'status', 'updated_at', 'waiter')
+local found_created_at, revision, etag, status, updated_at, waiter = unpack(stored, 1, 6)
+if found_created_at ~= created_at then
   -- The caller saw it before its first attempt: gone by a resend, that attempt deleted it.
-  return {string.find(conditions, '^%a*%d') and 'OK' or 'ABSENT'}
-end
-if found_owner ~= owner then
-  return {'MOVED'}
+  return {string.find(conditions, '^%a*%d') and 'OK' or found_created_at and 'MOVED' or 'ABSENT'}
 end
 local expected = string.match(conditions, '|(.*)$') or ''
 if expected ~= '' and expected ~= revision and expected ~= (revision or '') .. ' ' .. (etag or '') then
   return {'STALE', revision or '0'}
 end
 if terminal ~= '' then
-  local ended = status and string.find(terminal, ' ' .. status .. ' ', 1, true)
+  local ended = status and string.find(terminal, '|' .. status .. '|', 1, true)
   if not ended or (tonumber(updated_at) or before) >= tonumber(before) then
     return {'KEPT'}
   end

@@ -1,14 +1,16 @@
 -- Moves a flow along its lifecycle, or changes it in place, and appends the event that says so.
 --
 -- Each verb has scripts of its own: these lines behind a prelude that redisflow/scripts.py writes from the verb's
--- row of the transition table. Where the caller's copy says which status the flow is in, the script is one for
--- just that status and is given just its keys. The prelude binds
+-- row of the transition table. Where the caller's copy says that the flow is in a status the verb may start from,
+-- and no cancel is pending, the script is one for just that status and is given just its keys. The prelude binds
+--   COPY_STATUS       that status, nil for any
 --   TARGET            status it leads to; nil for the same
 --   WHEN_PENDING      refuse | allow | ignore, where a cancel is pending
 --   WHEN_TERMINAL     refuse | ignore
---   STATUSES, TERMINAL, SOURCES   all statuses, the terminal ones, those it may start from: each between spaces
+--   STATUSES, TERMINAL, SOURCES   all statuses, the terminal ones, those it may start from: each between bars
 --   WITH_EVENT        whether the caller wants the event's id
---   source_keys       the sets of the statuses it may start from, or of the one it expects, by status
+--   created_key, running_key, waiting_key   the sets of the statuses it may start from, or of
+--                     COPY_STATUS; nil for the others
 --   target_key        the set of the status it leads to; nil for the same
 --   due_key, waiters_key   nil where it neither enters nor leaves a wait
 --   FIELDS_FROM       where in ARGV the field and value pairs begin
@@ -32,15 +34,20 @@
 -- REPLY updated_at, or OK updated_at event_id   applied, and the caller's copy was current
 --       FLOW fields event_id event_revision    applied, now or before: the whole hash
 --       SAME | FLOW fields                     nothing to do
---       OTHER_KEYS                             it is in another status than expected: call again with all keys
+--       OTHER_KEYS                             it is in another status than COPY_STATUS: call again with all keys
 --       ABSENT | UNKNOWN | STALE revision | TERMINAL status | PENDING | ILLEGAL status
 --       NOT_INTEGER field | NOT_MAPPING | CORRUPT field
 local call = redis.call
 local flow_key, events_key = KEYS[1], KEYS[2]
 local op, conditions, flow_id, held_etag, next_revision, payload = unpack(ARGV, 1, 6)
 
-local status, etag, cancel_requested = unpack(call('HMGET', flow_key, 'status', 'etag', 'cancel_requested'), 1, 3)
-local current = etag == held_etag
+-- An etag names one version of a flow: where the stored one is the caller's, what the copy says is so.
+local etag = call('HGET', flow_key, 'etag')
+local current = etag == held_etag and etag ~= ''
+local status, cancel_requested = COPY_STATUS, '0'
+if not current or not COPY_STATUS then
+  status, cancel_requested = unpack(call('HMGET', flow_key, 'status', 'cancel_requested'), 1, 2)
+end
 
 -- Guards, in the order docs/concepts.md gives; nothing is written before the last of them.
 if not status and call('EXISTS', flow_key) == 0 then
@@ -74,26 +81,27 @@ if conditions ~= '' or etag == op then
     return {'STALE', revision}
   end
 end
-local source_key = source_keys[status]
+local source_key = status == 'running' and running_key or status == 'waiting' and waiting_key
+  or status == 'created' and created_key or nil
 local pending = cancel_requested == '1' and WHEN_PENDING ~= 'allow'
 if not source_key or pending then
-  local spaced = ' ' .. (status or '') .. ' '
-  local ended = string.find(TERMINAL, spaced, 1, true)
-  if ended and WHEN_TERMINAL == 'ignore' or pending and not ended and WHEN_PENDING == 'ignore' then
+  local barred = '|' .. (status or '') .. '|'
+  local ended = string.find(TERMINAL, barred, 1, true)
+  if not string.find(STATUSES, barred, 1, true) then
+    return {'CORRUPT', 'status'}
+  elseif ended and WHEN_TERMINAL == 'ignore' or pending and not ended and WHEN_PENDING == 'ignore' then
     return current and {'SAME'} or {'FLOW', call('HGETALL', flow_key)}
   elseif ended then
     return {'TERMINAL', status}
-  elseif not string.find(STATUSES, spaced, 1, true) then
-    return {'CORRUPT', 'status'}
   elseif pending then
     return {'PENDING'}
   end
-  return string.find(SOURCES, spaced, 1, true) and {'OTHER_KEYS'} or {'ILLEGAL', status}
+  return string.find(SOURCES, barred, 1, true) and {'OTHER_KEYS'} or {'ILLEGAL', status}
 end
 local rest = FIELDS_FROM
 if n_unset then
   --- include: int64.lua
-  if call('HEXISTS', flow_key, 's') == 1 then
+  if n_unset + n_increment > 0 and call('HEXISTS', flow_key, 's') == 1 then
     return {'NOT_MAPPING'}
   end
   for i = rest + n_unset, rest + n_unset + 2 * n_increment - 1, 2 do

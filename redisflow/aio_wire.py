@@ -12,7 +12,7 @@ from redis import exceptions as client_errors
 
 from redisflow.calls import Block, Lost, Packet, Reply
 from redisflow.errors import StorageError
-from redisflow.wire import no_reply, not_sent, packed, refusal_of, refused_all, xread
+from redisflow.wire import CLIENT_ID, Line, is_refusal, no_reply, not_sent, packed, refusal_of, xread
 
 if TYPE_CHECKING:
     from redisflow.connection import Endpoint
@@ -32,8 +32,8 @@ class AsyncWire:
         self._acquire_timeout_s = acquire_timeout_s
         self._loop = asyncio.get_running_loop()
         self._pid = os.getpid()
-        self._idle: deque[Any] = deque()
-        self._idle_blocking: deque[Any] = deque()
+        self._idle: deque[Line] = deque()
+        self._idle_blocking: deque[Line] = deque()
         self._slots = asyncio.Semaphore(max_connections)
         self._closed = False
 
@@ -87,43 +87,47 @@ class AsyncWire:
             )
 
     @staticmethod
-    async def _drop(idle: deque[Any]) -> None:
+    async def _drop(idle: deque[Line]) -> None:
         while idle:
-            await idle.pop().disconnect(nowait=True)
+            await idle.pop().connection.disconnect(nowait=True)
 
-    async def _exchange_over(self, idle: deque[Any], commands: Sequence[Sequence[bytes]]) -> list[Reply]:
-        connection = idle.pop() if idle else self._endpoint.open()
+    async def _exchange_over(self, idle: deque[Line], commands: Sequence[Sequence[bytes]]) -> list[Reply]:
+        line = idle.pop() if idle else await self._open()
         try:
-            replies = await _roundtrip(connection, commands)
+            replies = await _roundtrip(line.connection, commands)
         except BaseException as error:
             # Cancelled or lost, it has an unread reply: the connection must not be used again.
-            await connection.disconnect(nowait=True)
-            if isinstance(error, Lost):
-                await self._drop(idle)  # what broke one connection has most likely broken the idle ones
-            raise
-        idle.append(connection)
+            await line.connection.disconnect(nowait=True)
+            if not isinstance(error, client_errors.RedisError | OSError):
+                raise
+            await self._drop(idle)  # what broke one connection has most likely broken the idle ones
+            raise no_reply(error, line.client_id) from error
+        idle.append(line)
         if self._closed:
             await self._drop(idle)
         return replies
 
+    async def _open(self) -> Line:
+        connection = self._endpoint.open()
+        try:
+            await connection.connect()
+            (client_id,) = await _roundtrip(connection, [CLIENT_ID]) if self._endpoint.real_server else [None]
+        except BaseException as error:
+            await connection.disconnect(nowait=True)
+            if not isinstance(error, client_errors.RedisError | OSError):
+                raise
+            raise not_sent(error) from error
+        return Line(connection, client_id if isinstance(client_id, int) else None)
+
 
 async def _roundtrip(connection: Any, commands: Sequence[Sequence[bytes]]) -> list[Reply]:
-    try:
-        await connection.connect()  # does nothing when it is
-    except (client_errors.RedisError, OSError) as error:
-        if refused_all(error):
-            return [refusal_of(error)] * len(commands)
-        raise not_sent(error) from error
+    await connection.send_packed_command(packed(commands))
     replies: list[Reply] = []
-    try:
-        await connection.send_packed_command(packed(commands))
-        for _ in commands:
-            try:
-                replies.append(await connection.read_response(disable_decoding=True))
-            except client_errors.ResponseError as error:
-                replies.append(refusal_of(error))
-    except (client_errors.RedisError, OSError) as error:
-        if refused_all(error) and not replies:
-            return [refusal_of(error)] * len(commands)
-        raise no_reply(error) from error
+    for _ in commands:
+        try:
+            replies.append(await connection.read_response(disable_decoding=True))
+        except client_errors.RedisError as error:
+            if not is_refusal(error):
+                raise
+            replies.append(refusal_of(error))
     return replies

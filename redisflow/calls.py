@@ -76,10 +76,12 @@ class Read:
 
     Attributes:
         tolerant: resumed with a FlowError as a value where the server refuses a command.
+        insist: ask again where the server cannot answer just now.
     """
 
     commands: Sequence[Command]
     tolerant: bool = False
+    insist: bool = True
 
 
 @attrs.frozen(eq=False)
@@ -146,10 +148,12 @@ class Lost(Exception):
 
     Attributes:
         sent: whether the packet may have reached the server.
+        client_id: what the server calls the connection that was lost, if that is known.
         lasting: whether trying again is of no use, as with a wrong password.
     """
 
-    def __init__(self, message: str, *, sent: bool, lasting: bool = False) -> None:
+    def __init__(self, message: str, *, sent: bool, lasting: bool = False, client_id: int | None = None) -> None:
         super().__init__(message)
         self.sent = sent
+        self.client_id = client_id
         self.lasting = lasting

@@ -358,7 +358,10 @@ def print_stats(server: Server, *, as_json: bool) -> None:
 @_json_option
 @click.pass_obj
 def prune_flows(server: Server, older_than: timedelta, *, dry_run: bool, as_json: bool) -> None:
-    """Delete the flows that ended and have not changed for SPAN, with their events and steps."""
+    """Delete flows that ended long ago.
+
+    Those that have not changed for SPAN, with their events and steps.
+    """
     with server.connect() as flows:
         if dry_run:
             before = datetime.now(UTC) - older_than
@@ -384,9 +387,10 @@ def prune_flows(server: Server, older_than: timedelta, *, dry_run: bool, as_json
 @_json_option
 @click.pass_obj
 def run_engine(server: Server, interval: float, *, as_json: bool) -> None:
-    """Run a wait engine until interrupted: it resumes what is due and cancels what was asked to be cancelled.
+    """Run a wait engine until interrupted.
 
-    Ends with exit code 0 on SIGINT or SIGTERM. Any number may run at once.
+    It resumes flows whose wait is over, and cancels waiting flows whose cancel was requested. SIGINT or SIGTERM
+    ends it with exit code 0. Any number may run at once.
     """
     with server.connect() as flows:
         stop = _stop_on_signal()
@@ -433,7 +437,7 @@ class _TallyingEngine(WaitEngine):
 @click.option(
     "--files",
     type=click.IntRange(min=8),
-    default=1000,
+    default=2500,
     show_default=True,
     metavar="N",
     help="At most N, evenly spread.",
@@ -442,11 +446,11 @@ class _TallyingEngine(WaitEngine):
 @_json_option
 @click.pass_obj
 def run_demo(server: Server, path: Path | None, files: int, *, keep: bool, as_json: bool) -> int:
-    """Analyse the Python files under PATH, one flow per file, by processes that share the flows.
+    """Analyse Python files by processes that share flows.
 
-    PATH is the running Python's standard library unless given. Four workers, a reviewer and a wait engine work on
-    the flows; one worker is killed on the way. Everything is verified at the end. The flows are on a server of
-    the demo's own, $REDISFLOW_URL or not, unless --url says otherwise.
+    One flow per file under PATH, which is the running Python's standard library unless given. Four workers, a
+    reviewer and a wait engine work on them; one worker is killed on the way; everything is verified at the end.
+    The flows are on a server of the demo's own, whatever $REDISFLOW_URL says, unless --url names another.
     """
     # What only the demo needs.
     from redisflow.demo.crew import CrewFailed  # noqa: PLC0415
@@ -455,6 +459,8 @@ def run_demo(server: Server, path: Path | None, files: int, *, keep: bool, as_js
     from redisflow.demo.sources import standard_library  # noqa: PLC0415
     from redisflow.demo.stage import NotEmpty, perform  # noqa: PLC0415
 
+    if server.url and server.url.startswith("memory://"):
+        raise click.UsageError("memory:// is one process's own; the demo's processes need a server they can share")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that nothing is left behind
     plan = Plan.of(path or standard_library(), files)
     if len(plan.routes) < FEWEST_FILES:

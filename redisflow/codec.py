@@ -33,7 +33,7 @@ class _Refused(Exception):
     """What is wrong with a value, and the path to it."""
 
 
-def _plain(value: Any, room: int) -> Any:  # noqa: PLR0911 - one case and return per type
+def _plain(value: Any, room: int) -> Any:  # noqa: C901, PLR0911 - one case and return per type
     """Return `value` made of nothing but types that msgpack carries there and back."""
     match value:
         case str():
@@ -48,6 +48,8 @@ def _plain(value: Any, room: int) -> Any:  # noqa: PLR0911 - one case and return
             if math.isfinite(value):
                 return float(value)
             raise _Refused(f"{value}, which is not a finite number")
+        case dict() | list() | tuple() | Mapping() if room == 0:
+            raise _Refused(f"nesting deeper than {MAX_DEPTH} levels")
         case dict() | Mapping():
             return {_key(key): _inside(repr(key), item, room - 1) for key, item in value.items()}
         case list() | tuple():
@@ -81,8 +83,6 @@ def _instant(value: datetime) -> datetime:
 
 
 def _inside(where: object, value: Any, room: int) -> Any:
-    if room < 0:
-        raise _Refused(f"nesting deeper than {MAX_DEPTH} levels")
     try:
         return _plain(value, room)
     except _Refused as refused:
@@ -233,6 +233,11 @@ class StoredFlow:
         return _STATUSES[self.fields[b"status"]]
 
     @property
+    def cancel_requested(self) -> bool:
+        """Whether a cancel is pending in this version."""
+        return self.fields[b"cancel_requested"] != b"0"
+
+    @property
     def etag(self) -> bytes:
         """The operation that made this version."""
         return self.fields[b"etag"]
@@ -329,7 +334,7 @@ def read_event(flow_id: UUID, entry: Sequence[Any]) -> FlowEvent:
             at=event_time(event_id),
             op_id=fields[b"op"].decode(),
         )
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, OverflowError) as error:
         raise InvalidData(f"flow {flow_id}, event {event_id}: stored bytes make no sense: {error}") from error
 
 
@@ -365,6 +370,8 @@ def read_step(flow_id: UUID, packed: bytes) -> FlowStep:
     """
     try:
         step_id, created_at, updated_at, child_session_key, run_id, task, runtime, status, result = unpack(packed)
+        if not isinstance(step_id, bytes):
+            raise TypeError("its id is not binary")  # noqa: TRY301 - one clause names every damage
         return FlowStep(
             id=UUID(bytes=step_id),
             flow_id=flow_id,

@@ -104,10 +104,12 @@ def _error(subject: str, failure: Refusal | Lost) -> FlowError:
         case "WRONGTYPE":
             return InvalidData(f"{subject}: a key of it holds the wrong kind of value; nothing was changed")
         case "NOPERM":
-            return StorageError(f"{subject}: this user lacks a permission the library needs: {failure.message}")
+            return StorageError(
+                f"{subject}: this user lacks a permission the library needs: {failure.message}", "NOPERM"
+            )
         case "OOM":
-            return StorageError(f"{subject}: the server is out of memory and changed nothing: {failure.message}")
-    return StorageError(f"{subject}: the server refused: {failure.message}")
+            return StorageError(f"{subject}: the server is out of memory and changed nothing: {failure.message}", "OOM")
+    return StorageError(f"{subject}: the server refused: {failure.message}", failure.code)
 
 
 class _Backoff:
@@ -145,7 +147,9 @@ def _insist(
     attempts = [_Attempts(call, policy) for call in calls]
     pending: Sequence[_Attempts] = attempts
     backoff = _Backoff(policy, sent_s)
+    lost_connections: set[int] = set()
     while True:
+        lost_connections |= {a.client_id for a in answers if isinstance(a, Lost) and a.client_id is not None}
         notes = [(attempt, answer) for attempt, answer in zip(pending, answers, strict=True)]
         at_once = any([attempt.note(answer, sent_s) for attempt, answer in notes])  # noqa: C419 - notes them all
         unsettled = [(attempt, answer) for attempt, answer in notes if not attempt.settled]
@@ -160,29 +164,29 @@ def _insist(
             yield pause
         pending = [attempt for attempt, _ in unsettled]
         sent_s = policy.clock()
-        answers = yield from _send(Packet(calls[0].slot, [attempt.command(sent_s) for attempt in pending]))
+        # What is still on its way over a lost connection must not run behind its own resend.
+        kills = [(b"CLIENT", b"KILL", b"ID", b"%d" % client_id) for client_id in sorted(lost_connections)]
+        packet = Packet(calls[0].slot, [*kills, *(attempt.command(sent_s) for attempt in pending)])
+        answers = (yield from _send(packet))[len(kills) :]
 
 
-def _deliver_calls(calls: Sequence[Call], policy: Policy) -> Generator[Step, Any, Sequence[Reply | FlowError]]:
-    """Deliver calls of one node together. Returns one outcome each."""
-    sent_s = policy.clock()
-    commands = [
-        (b"EVALSHA", _source_of(call, policy).sha, b"%d" % len(call.keys), *call.keys, *call.argv()) for call in calls
-    ]
-    outcomes = yield from _send(Packet(calls[0].slot, commands))
-    troubled = [n for n, outcome in enumerate(outcomes) if type(outcome) in _TROUBLES]
-    if not troubled:
-        return outcomes
-    settled = yield from _insist([calls[n] for n in troubled], [outcomes[n] for n in troubled], sent_s, policy)
-    merged = dict(enumerate(outcomes)) | dict(zip(troubled, settled, strict=True))
-    return list(merged.values())
+def _first_command(call: Call, policy: Policy) -> Sequence[bytes]:
+    return (b"EVALSHA", _source_of(call, policy).sha, b"%d" % len(call.keys), *call.keys, *call.argv())
 
 
 _TROUBLES = (Refusal, Lost)
 
 
 def _deliver_one(call: Call, policy: Policy) -> Generator[Step, Any, Reply]:
-    (outcome,) = yield from _deliver_calls((call,), policy)
+    sent_s = policy.clock()
+    answer: Reply | Refusal | Lost
+    try:
+        (answer,) = yield Packet(call.slot, (_first_command(call, policy),))
+    except Lost as lost:
+        answer = lost
+    if type(answer) not in _TROUBLES:
+        return answer
+    (outcome,) = yield from _insist((call,), (answer,), sent_s, policy)
     if isinstance(outcome, FlowError):
         raise outcome from outcome.__cause__
     return outcome
@@ -191,7 +195,15 @@ def _deliver_one(call: Call, policy: Policy) -> Generator[Step, Any, Reply]:
 def _deliver_batch(batch: Batch, policy: Policy) -> Generator[Step, Any, list[Reply | FlowError]]:
     outcomes: list[Reply | FlowError] = []
     for start in range(0, len(batch.calls), _BATCH_LIMIT):
-        outcomes += yield from _deliver_calls(batch.calls[start : start + _BATCH_LIMIT], policy)
+        calls = batch.calls[start : start + _BATCH_LIMIT]
+        sent_s = policy.clock()
+        answers = yield from _send(Packet(calls[0].slot, [_first_command(call, policy) for call in calls]))
+        troubled = [n for n, answer in enumerate(answers) if type(answer) in _TROUBLES]
+        merged = dict(enumerate(answers))
+        if troubled:
+            settled = yield from _insist([calls[n] for n in troubled], [answers[n] for n in troubled], sent_s, policy)
+            merged |= zip(troubled, settled, strict=True)
+        outcomes += merged.values()
     return outcomes
 
 
@@ -200,7 +212,7 @@ def _deliver_read(read: Read, policy: Policy) -> Generator[Step, Any, list[Reply
     for start in range(0, len(read.commands), _BATCH_LIMIT):
         commands = read.commands[start : start + _BATCH_LIMIT]
         packet = Packet(commands[0].slot, [command.args for command in commands])
-        replies += yield from _ask(packet, _naming(commands[0].args), policy)
+        replies += yield from _ask(packet, _naming(commands[0].args), policy, insist=read.insist)
     for n, reply in enumerate(replies):
         if isinstance(reply, Refusal):
             error = _error(_naming(read.commands[n].args), reply)
@@ -222,7 +234,9 @@ def _naming(args: Sequence[bytes]) -> str:
     return b" ".join(args[:2]).decode(errors="replace")
 
 
-def _ask(step: Packet | Block, subject: str, policy: Policy) -> Generator[Step, Any, Sequence[Reply]]:
+def _ask(
+    step: Packet | Block, subject: str, policy: Policy, *, insist: bool = True
+) -> Generator[Step, Any, Sequence[Reply]]:
     """Ask until there is an answer that is no passing refusal: a read may be asked any number of times."""
     backoff = _Backoff(policy, policy.clock())
     while True:
@@ -233,7 +247,7 @@ def _ask(step: Packet | Block, subject: str, policy: Policy) -> Generator[Step, 
             failure = lost
         else:
             passing = [reply for reply in replies if isinstance(reply, Refusal) and reply.code in _PASSING]
-            if not passing:
+            if not passing or not insist:
                 return replies
             failure = passing[0]
         pause = None if isinstance(failure, Lost) and failure.lasting else backoff.next_pause()

@@ -123,7 +123,14 @@ class StorageError(FlowError):
     """The server could not be reached, or refused. Nothing was changed by this call.
 
     The client library's own error, where there is one, is the `__cause__`.
+
+    Attributes:
+        code: the first word of the server's error, such as NOPERM; empty where the server said nothing.
     """
+
+    def __init__(self, message: str, code: str = "") -> None:
+        self.code = code
+        super().__init__(message)
 
 
 class OutcomeUnknown(StorageError):

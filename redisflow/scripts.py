@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from itertools import count
 from pathlib import Path
 
@@ -78,14 +78,15 @@ DELETE = Script.load("delete", flags=ALLOW_OOM)
 # --- transitions ---------------------------------------------------------------------------------------
 
 _FIRST_KEY, _FIRST_ARG = 3, 7
+_SOURCE_KEYS = tuple(f"{status}_key" for status in FlowStatus if not status.is_terminal)
 _OPTIONAL = (
     "merge", "due_at", "waiter", "wake", "stamp_field", "stamp_head", "stamp_tail", "n_unset", "n_increment",
 )  # fmt: skip
 
 
-def spaced(statuses: Iterable[FlowStatus]) -> str:
-    """Statuses as the scripts look them up: each between spaces."""
-    return "".join(f" {status} " for status in statuses)
+def barred(statuses: Iterable[FlowStatus]) -> str:
+    """Statuses as the scripts look them up: each between bars."""
+    return f"|{'|'.join(statuses)}|"
 
 
 @attrs.frozen(eq=False)
@@ -103,31 +104,35 @@ class TransitionScript:
     script: Script
 
     @classmethod
-    def load(cls, verb: Verb, sources: tuple[FlowStatus, ...]) -> TransitionScript:
+    def load(cls, verb: Verb, copy_status: FlowStatus | None) -> TransitionScript:
         """Load lua/transition.lua behind the verb's prelude."""
+        sources = verb.sources if copy_status is None else (copy_status,)
         changes_wait = verb.target is not None or "wake" in verb.takes
         touches_waits = verb.target is FlowStatus.WAITING or (changes_wait and FlowStatus.WAITING in sources)
         # What ends or frees work goes on when the server is out of memory.
         flags = ALLOW_OOM if verb.allow_oom else ""
-        script = Script.load("transition", flags=flags, prelude=_prelude(verb, sources, touches_waits=touches_waits))
-        return cls(verb, sources, touches_waits, script)
+        prelude = _prelude(verb, copy_status, sources, touches_waits=touches_waits)
+        return cls(verb, sources, touches_waits, Script.load("transition", flags=flags, prelude=prelude))
 
 
-def _prelude(verb: Verb, sources: tuple[FlowStatus, ...], *, touches_waits: bool) -> str:
+def _prelude(
+    verb: Verb, copy_status: FlowStatus | None, sources: tuple[FlowStatus, ...], *, touches_waits: bool
+) -> str:
     """A verb's row of the transition table as the constants and bindings that lua/transition.lua names."""
     keys = (f"KEYS[{n}]" for n in count(_FIRST_KEY))
-    source_keys = ", ".join(f"{status} = {next(keys)}" for status in sources)
+    source_keys = {f"{status}_key": next(keys) for status in sources}
     args = {name: f"ARGV[{n}]" for n, name in enumerate(verb.takes, _FIRST_ARG)}
     bindings = {
+        "COPY_STATUS": "nil" if copy_status is None else f"'{copy_status}'",
         "TARGET": "nil" if verb.target is None else f"'{verb.target}'",
         "WHEN_PENDING": f"'{verb.when_cancel_pending}'",
         "WHEN_TERMINAL": f"'{verb.when_terminal}'",
-        "STATUSES": f"'{spaced(FlowStatus)}'",
-        "TERMINAL": f"'{spaced(TERMINAL)}'",
-        "SOURCES": f"'{spaced(verb.sources)}'",
+        "STATUSES": f"'{barred(FlowStatus)}'",
+        "TERMINAL": f"'{barred(TERMINAL)}'",
+        "SOURCES": f"'{barred(verb.sources)}'",
         "WITH_EVENT": "false" if verb.kind else "true",
         "FIELDS_FROM": str(_FIRST_ARG + len(verb.takes)),
-        "source_keys": f"{{{source_keys}}}",
+        **{name: source_keys.get(name, "nil") for name in _SOURCE_KEYS},
         "target_key": "nil" if verb.target is None else next(keys),
         "due_key": next(keys) if touches_waits else "nil",
         "waiters_key": next(keys) if touches_waits else "nil",
@@ -138,15 +143,9 @@ def _prelude(verb: Verb, sources: tuple[FlowStatus, ...], *, touches_waits: bool
     return f"local {', '.join(bindings)} =\n  {', '.join(bindings.values())}\n"
 
 
-def _transitions() -> Iterator[tuple[tuple[Verb, FlowStatus | None], TransitionScript]]:
-    for verb in (*VERBS, *REWRITES.values()):
-        for source in FlowStatus:
-            if source in verb.sources:
-                yield (verb, source), TransitionScript.load(verb, (source,))
-            else:
-                yield (verb, source), TransitionScript.load(verb, verb.sources)
-        yield (verb, None), TransitionScript.load(verb, verb.sources)
-
-
-# By verb and the status of the caller's copy, if there is one.
-TRANSITIONS = dict(_transitions())
+# By verb and the status of the caller's copy, where it is one the verb may start from.
+TRANSITIONS = {
+    (verb, copy_status): TransitionScript.load(verb, copy_status)
+    for verb in (*VERBS, *REWRITES.values())
+    for copy_status in (*verb.sources, None)
+}

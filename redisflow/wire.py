@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import ssl
-import threading
 import time
 from collections import deque
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from queue import Empty, SimpleQueue
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hiredis import pack_command
 from redis import exceptions as client_errors
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from redisflow.connection import Endpoint
 
 MAX_BLOCK_S = 2.0
+CLIENT_ID = (b"CLIENT", b"ID")
 _CODES = {
     client_errors.NoScriptError: "NOSCRIPT",
     client_errors.ReadOnlyError: "READONLY",
@@ -29,21 +30,32 @@ _CODES = {
     client_errors.TryAgainError: "TRYAGAIN",
     client_errors.BusyLoadingError: "LOADING",
 }
+_TOO_MANY_CLIENTS = "max number of clients"
 _LASTING = (client_errors.AuthenticationError, client_errors.AuthorizationError)
+
+
+class Line(NamedTuple):
+    """An open connection, and what the server calls it, if it says so."""
+
+    connection: Any
+    client_id: int | None
 
 
 def refusal_of(error: Exception) -> Refusal:
     """The server's error reply in redis-py's exception, which for some codes has the code cut off."""
     message = str(error)
+    if _TOO_MANY_CLIENTS in message:
+        return Refusal("MAXCLIENTS", message)
     code = _CODES.get(type(error))
     if code is None:
         return Refusal(message.partition(" ")[0], message)
     return Refusal(code, f"{code} {message}")
 
 
-def refused_all(error: Exception) -> bool:
-    """Whether redis-py raised an error reply as a connection error: then no command of the packet ran."""
-    return isinstance(error, client_errors.BusyLoadingError) or "max number of clients" in str(error)
+def is_refusal(error: Exception) -> bool:
+    """Whether an error is the server's reply; redis-py raises some as if the connection had failed."""
+    said_so = isinstance(error, client_errors.ResponseError | client_errors.BusyLoadingError)
+    return said_so or _TOO_MANY_CLIENTS in str(error)
 
 
 def not_sent(error: Exception) -> Lost:
@@ -54,9 +66,9 @@ def not_sent(error: Exception) -> Lost:
     return lost
 
 
-def no_reply(error: Exception) -> Lost:
+def no_reply(error: Exception, client_id: int | None) -> Lost:
     """The loss of a packet that may have been executed."""
-    lost = Lost(f"no reply: {error}", sent=True)
+    lost = Lost(f"no reply: {error}", sent=True, client_id=client_id)
     lost.__cause__ = error
     return lost
 
@@ -87,9 +99,11 @@ class Wire:
 
     def _reset(self) -> None:
         self._pid = os.getpid()
-        self._idle: deque[Any] = deque()
-        self._idle_blocking: deque[Any] = deque()
-        self._slots = threading.BoundedSemaphore(self._max_connections)
+        self._idle: deque[Line] = deque()
+        self._idle_blocking: deque[Line] = deque()
+        self._slots: SimpleQueue[None] = SimpleQueue()  # a token for each packet that may be under way
+        for _ in range(self._max_connections):
+            self._slots.put(None)
         self._closed = False
 
     def exchange(self, packet: Packet) -> list[Reply]:
@@ -100,12 +114,14 @@ class Wire:
         """
         if self._pid != os.getpid():
             self._reset()  # a forked child must not share its parent's sockets
-        if not self._slots.acquire(timeout=self._acquire_timeout_s):
-            raise Lost(f"all {self._max_connections} connections stayed busy", sent=False)
+        try:
+            self._slots.get(timeout=self._acquire_timeout_s)
+        except Empty:
+            raise Lost(f"all {self._max_connections} connections stayed busy", sent=False) from None
         try:
             return self._exchange_over(self._idle, packet.commands)
         finally:
-            self._slots.release()
+            self._slots.put(None)
 
     def block(self, block: Block) -> list[Reply]:
         """Wait for entries of a stream; one reply.
@@ -130,46 +146,48 @@ class Wire:
             self._endpoint.lease.close()
 
     @staticmethod
-    def _drop(idle: deque[Any]) -> None:
+    def _drop(idle: deque[Line]) -> None:
         while idle:
-            idle.pop().disconnect()
+            idle.pop().connection.disconnect()
 
-    def _exchange_over(self, idle: deque[Any], commands: Sequence[Sequence[bytes]]) -> list[Reply]:
+    def _exchange_over(self, idle: deque[Line], commands: Sequence[Sequence[bytes]]) -> list[Reply]:
         try:
-            connection = idle.pop()
+            line = idle.pop()
         except IndexError:
-            connection = self._endpoint.open()
+            line = self._open()
         try:
-            replies = _roundtrip(connection, commands)
+            replies = _roundtrip(line.connection, commands)
         except BaseException as error:
             # A connection with an unread reply must not be used again.
-            connection.disconnect()
-            if isinstance(error, Lost):
-                self._drop(idle)  # what broke one connection has most likely broken the idle ones
-            raise
-        idle.append(connection)
+            line.connection.disconnect()
+            if not isinstance(error, client_errors.RedisError | OSError):
+                raise
+            self._drop(idle)  # what broke one connection has most likely broken the idle ones
+            raise no_reply(error, line.client_id) from error
+        idle.append(line)
         if self._closed:
             self._drop(idle)
         return replies
 
+    def _open(self) -> Line:
+        connection = self._endpoint.open()
+        try:
+            connection.connect()
+            (client_id,) = _roundtrip(connection, [CLIENT_ID]) if self._endpoint.real_server else [None]
+        except (client_errors.RedisError, OSError) as error:
+            connection.disconnect()
+            raise not_sent(error) from error
+        return Line(connection, client_id if isinstance(client_id, int) else None)
+
 
 def _roundtrip(connection: Any, commands: Sequence[Sequence[bytes]]) -> list[Reply]:
-    try:
-        connection.connect()  # does nothing when it is
-    except (client_errors.RedisError, OSError) as error:
-        if refused_all(error):
-            return [refusal_of(error)] * len(commands)
-        raise not_sent(error) from error
+    connection.send_packed_command(packed(commands))
     replies: list[Reply] = []
-    try:
-        connection.send_packed_command(packed(commands))
-        for _ in commands:
-            try:
-                replies.append(connection.read_response(disable_decoding=True))
-            except client_errors.ResponseError as error:
-                replies.append(refusal_of(error))
-    except (client_errors.RedisError, OSError) as error:
-        if refused_all(error) and not replies:
-            return [refusal_of(error)] * len(commands)
-        raise no_reply(error) from error
+    for _ in commands:
+        try:
+            replies.append(connection.read_response(disable_decoding=True))
+        except client_errors.RedisError as error:
+            if not is_refusal(error):
+                raise
+            replies.append(refusal_of(error))
     return replies

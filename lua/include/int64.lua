@@ -1,9 +1,9 @@
 -- Exact checks of 64-bit integers written as decimal text; Lua's own numbers are doubles.
 
--- Splits canonical decimal text into sign * (high * 1e9 + low); nil for anything else.
+-- Splits canonical decimal text into sign * (high * 1e9 + low); nil for what HINCRBY would refuse.
 local function split_int64(text)
   local sign, digits = string.match(text, '^(%-?)(%d+)$')
-  if not digits or #digits > 19 then
+  if not digits or #digits > 19 or (string.sub(digits, 1, 1) == '0' and text ~= '0') then
     return nil
   end
   local factor = sign == '-' and -1 or 1

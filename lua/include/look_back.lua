@@ -27,16 +27,16 @@ local function look_back(events_key, op, look)
       oldest = entry
     end
     read = read + #page
-    local covered = oldest == nil or (read >= LOOK_AT_LEAST and entry_ms(oldest) < since_ms)
-    if covered and not deep then
+    if not deep and oldest and read >= LOOK_AT_LEAST and entry_ms(oldest) < since_ms then
       return 'ABSENT'
     end
     upper = oldest and '(' .. oldest[1]
   until #page < LOOK_PAGE or read >= LOOK_AT_MOST
   -- A first attempt has nothing to be unsure of: the bound is all that was promised for a brought id.
-  if not span_ms or oldest == nil or entry_ms(oldest) < since_ms then
+  if not span_ms then
     return 'ABSENT'
   end
-  local reached_the_start = #page < LOOK_PAGE and oldest[2][4] == 'created'
-  return reached_the_start and 'ABSENT' or 'UNKNOWN'
+  -- Every trail begins with the creation: one that does not has lost entries, perhaps the one looked for.
+  local whole = oldest and oldest[2][2] == '0' and oldest[2][4] == 'created'
+  return (whole or oldest and entry_ms(oldest) < since_ms) and 'ABSENT' or 'UNKNOWN'
 end

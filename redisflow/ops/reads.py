@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Generator, Iterable, Sequence
 from datetime import datetime
@@ -198,7 +199,9 @@ def _first(listing: Listing, limit: int | None) -> Generator[Read, Any, list[Flo
     return flows[:limit]
 
 
-def read_sound(namespace: Namespace, targets: Sequence[Target], otherwise: str) -> Generator[Read, Any, list[Flow]]:
+def read_sound(
+    namespace: Namespace, targets: Sequence[Target], otherwise: str, level: int = logging.WARNING
+) -> Generator[Read, Any, list[Flow]]:
     """Read flows, without those that are gone; a damaged one is logged, with what became of it."""
     replies = yield Read([hgetall(namespace, target) for target in targets], tolerant=True)
     flows: list[Flow] = []
@@ -208,7 +211,7 @@ def read_sound(namespace: Namespace, targets: Sequence[Target], otherwise: str) 
                 raise reply
             flow = read_flow(target.flow_id, reply)
         except InvalidData as error:
-            log.warning("%s: flow %s: %s", otherwise, target.flow_id, error)
+            log.log(level, "%s: flow %s: %s", otherwise, target.flow_id, error)
         else:
             flows += [] if flow is None else [flow]
     return flows

@@ -22,7 +22,7 @@ from redisflow.ops.namespace import (
     target_of,
 )
 from redisflow.ops.reads import Listing
-from redisflow.scripts import spaced
+from redisflow.scripts import barred
 from redisflow.waits import MICROSECOND, from_us
 
 MIN_REDIS, MIN_VALKEY = (7, 0), (7, 2)
@@ -74,7 +74,7 @@ def _check_permissions(partition: Partition, meta: bytes) -> Generator[Read, Any
     flow, events, steps = partition.flow(member), partition.events(member), partition.steps(member)
     index = partition.owner(member)
     # Each changes nothing: on keys that do not exist, or, for two, by writing what is there already.
-    yield Read(
+    replies = yield Read(
         [
             *(command(partition, name, flow) for name in (b"EXISTS", b"HGETALL", b"HKEYS", b"HLEN")),
             command(partition, b"HMGET", flow, b"status"),
@@ -94,9 +94,14 @@ def _check_permissions(partition: Partition, meta: bytes) -> Generator[Read, Any
             command(partition, b"ZCARD", index),
             command(partition, b"ZRANGE", index, 0, 0),
             command(partition, b"ZREM", index, member),
-            command(partition, b"EVAL", b"#!lua\nreturn redis.call('TIME')", 1, flow),
-        ]
+            command(partition, b"EVAL", b"#!lua flags=no-writes,allow-oom\nreturn redis.call('TIME')", 1, flow),
+        ],
+        tolerant=True,
+        insist=False,
     )
+    for reply in replies:
+        if isinstance(reply, StorageError) and reply.code == "NOPERM":
+            raise reply
 
 
 def _number(namespace: Namespace, text: bytes | None) -> int:
@@ -151,16 +156,16 @@ def delete(
     op = op_id_of(op_id)
     expected = expectation(target, expected_revision)
     while True:
-        (owner,) = yield Read([_owner_of(namespace, target)])
-        if owner is None:
+        ((owner, created_at),) = yield Read([_owner_of(namespace, target)])
+        if owner is None or created_at is None:
             return False
-        reply = yield _delete_call(namespace, target, owner, op, expected=expected)
+        reply = yield _delete_call(namespace, target, owner, created_at, op, expected=expected)
         match reply:
             case [b"OK"]:
                 return True
             case [b"ABSENT"]:
                 return False
-            case [b"MOVED"]:  # deleted and created anew for another owner since the read
+            case [b"MOVED"]:  # deleted and created anew since the read
                 continue
         raise_refusal(reply, target.flow_id, op, expected=expected)
 
@@ -186,9 +191,9 @@ def prune_terminal_flows(namespace: Namespace, older_than: timedelta) -> Generat
 def _prune_page(namespace: Namespace, targets: list[Target], before_us: int) -> Generator[Any, Any, int]:
     owners = yield Read([_owner_of(namespace, target) for target in targets], tolerant=True)
     calls = [
-        _delete_call(namespace, target, owner, op_id_of(None), prune_before_us=before_us)
+        _delete_call(namespace, target, owner[0], owner[1], op_id_of(None), prune_before_us=before_us)
         for target, owner in zip(targets, owners, strict=True)
-        if isinstance(owner, bytes)  # neither gone nor damaged
+        if not isinstance(owner, FlowError) and None not in owner  # neither gone nor damaged
     ]
     if not calls:
         return 0
@@ -201,20 +206,21 @@ def _prune_page(namespace: Namespace, targets: list[Target], before_us: int) -> 
 
 def _owner_of(namespace: Namespace, target: Target) -> Command:
     partition = partition_of(namespace, target)
-    return command(partition, b"HGET", partition.flow(target.member), b"owner_session_key")
+    return command(partition, b"HMGET", partition.flow(target.member), b"owner_session_key", b"created_at")
 
 
 def _delete_call(
     namespace: Namespace,
     target: Target,
     owner: bytes,
+    created_at: bytes,
     op: str,
     *,
     expected: bytes = b"",
     prune_before_us: int | None = None,
 ) -> Call:
     partition, member = partition_of(namespace, target), target.member
-    pruning = (b"", b"") if prune_before_us is None else (spaced(TERMINAL).encode(), b"%d" % prune_before_us)
+    pruning = (b"", b"") if prune_before_us is None else (barred(TERMINAL).encode(), b"%d" % prune_before_us)
     return Call(
         scripts.DELETE,
         partition.slot,
@@ -227,7 +233,7 @@ def _delete_call(
             partition.waiters,
             *(partition.status(status) for status in FlowStatus),
         ),
-        (member, owner, *pruning),
+        (member, created_at, *pruning),
         target.flow_id,
         op,
         expected=expected,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Generator, Sequence
 from datetime import datetime
 from typing import Any
@@ -61,49 +62,55 @@ def tick(namespace: Namespace, now: datetime | None) -> Generator[Any, Any, Tick
     """Resume what is due at `now` (the server's time unless given), cancel what was asked to."""
     given_us = None if now is None else to_us(require_aware("now", now))
     partitions = namespace.keyspace.partitions
-    past = dict.fromkeys(range(len(partitions)), 0)  # due entries of each partition that stay: looked at already
-    total = TickReport()
-    while True:
-        (seconds, micros), *replies = yield Read(
-            [
-                command(None, b"TIME"),
-                *(
-                    command(p, b"ZRANGE", p.due, past[n], past[n] + PAGE - 1, b"WITHSCORES")
-                    for n, p in enumerate(partitions)
-                ),
-                *(command(p, b"ZCARD", p.status(FlowStatus.WAITING)) for p in partitions),
-            ]
-        )
-        server_us = int(seconds) * 1_000_000 + int(micros)
-        now_us = server_us if given_us is None else given_us
-        pages, waiting = replies[: len(partitions)], sum(replies[len(partitions) :])
-        entries = [list(zip(flat[::2], map(float, flat[1::2]), strict=True)) for flat in pages]
+    (seconds, micros), *replies = yield Read(
+        [
+            command(None, b"TIME"),
+            *(command(p, b"ZRANGE", p.due, 0, 0, b"WITHSCORES") for p in partitions),
+            *(command(p, b"ZCARD", p.status(FlowStatus.WAITING)) for p in partitions),
+        ]
+    )
+    server_us = int(seconds) * 1_000_000 + int(micros)
+    now_us = server_us if given_us is None else given_us
+    heads, waiting = [_entries(flat) for flat in replies[: len(partitions)]], sum(replies[len(partitions) :])
+    later = [score for head in heads for _, score in head if score > now_us]
+    # How many entries were looked at and stay, in the partitions that may have more of what is due.
+    behind = {p: 0 for p, head in zip(partitions, heads, strict=True) if head and head[0][1] <= now_us}
+    total = TickReport(still_waiting=waiting)
+    while behind:
+        pages = yield Read([command(p, b"ZRANGE", p.due, n, n + PAGE - 1, b"WITHSCORES") for p, n in behind.items()])
+        entries = [_entries(flat) for flat in pages]
         due = [[member for member, score in page if score <= now_us] for page in entries]
-        later = [score for page in entries for _, score in page if score > now_us]
+        later += [score for page in entries for _, score in page if score > now_us]
+        report, ended = yield from _handle(namespace, [m for page in due for m in page], from_us(now_us))
+        total = _sum(total, report, ended=len(ended))
+        behind = {
+            p: n + sum(member not in ended for member in page)
+            for (p, n), page in zip(behind.items(), due, strict=True)
+            if len(page) == PAGE
+        }
+    return Tick(total, (min(later) - server_us) / 1_000_000 if later else None)
 
-        members = [member for page in due for member in page]
-        round_, ended = yield from _handle(namespace, members, from_us(now_us))
-        for n, page in enumerate(due):
-            past[n] += len([member for member in page if member not in ended])
-        total = TickReport(
-            scanned=total.scanned + round_.scanned,
-            resumed=total.resumed + round_.resumed,
-            cancelled=total.cancelled + round_.cancelled,
-            still_waiting=waiting - len(ended),
-            errors=total.errors + round_.errors,
-        )
-        if all(len(page) < PAGE for page in due):
-            return Tick(total, (min(later) - server_us) / 1_000_000 if later else None)
+
+def _entries(flat: Sequence[bytes]) -> list[tuple[bytes, float]]:
+    return list(zip(flat[::2], map(float, flat[1::2]), strict=True))
+
+
+def _sum(total: TickReport, round_: TickReport, *, ended: int) -> TickReport:
+    return TickReport(
+        scanned=total.scanned + round_.scanned,
+        resumed=total.resumed + round_.resumed,
+        cancelled=total.cancelled + round_.cancelled,
+        still_waiting=total.still_waiting - ended,
+        errors=total.errors + round_.errors,
+    )
 
 
 def _handle(
     namespace: Namespace, members: Sequence[bytes], now: datetime
 ) -> Generator[Any, Any, tuple[TickReport, set[bytes]]]:
     """Resume or cancel flows that the index has as due. Returns also those that wait no more."""
-    if not members:
-        return TickReport(), set()
     targets = targets_of(members)
-    flows = yield from read_sound(namespace, targets, "a due flow cannot be handled")
+    flows = yield from read_sound(namespace, targets, "a due flow cannot be handled", logging.ERROR)
     errors = len(members) - len(flows)
     endings = [ending for flow in flows if (ending := _ending(namespace, flow, now)) is not None]
     outcomes = (yield Batch([ending.call(namespace) for ending in endings])) if endings else []

@@ -1,0 +1,353 @@
+"""Operations without a server: what they yield, and what they make of a reply."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from datetime import UTC, datetime, timedelta
+from typing import Any
+from uuid import UUID
+
+import attrs
+import pytest
+
+from redisflow import (
+    AlreadyTerminal,
+    CancelPending,
+    ExternalEvent,
+    Flow,
+    FlowError,
+    FlowExists,
+    FlowManager,
+    FlowNotFound,
+    FlowStatus,
+    IllegalTransition,
+    InvalidData,
+    Manual,
+    OutcomeUnknown,
+    RevisionMismatch,
+    StepObservation,
+    StorageError,
+    Timer,
+)
+from redisflow.calls import Call, Read
+
+FLOW_ID = UUID(int=5)
+HASH: dict[bytes, bytes] = {
+    b"controller_id": b"c",
+    b"goal": b"g",
+    b"owner_session_key": b"o",
+    b"requester_origin": b"r",
+    b"current_step": b"s",
+    b"status": b"running",
+    b"cancel_requested": b"0",
+    b"revision": b"3",
+    b"etag": b"e" * 32,
+    b"created_at": b"1700000000000000",
+    b"updated_at": b"1700000000000000",
+    b"s:n": b"1",
+}
+IDENTITY: dict[str, Any] = {"controller_id": "c", "goal": "g", "owner_session_key": "o", "requester_origin": "r"}
+
+
+class Ops(FlowManager):
+    """A manager that hands out operations instead of carrying them out."""
+
+    def perform(self, op: Any) -> Any:
+        return op
+
+
+@pytest.fixture
+def ops() -> Any:
+    """Operations of a namespace of four partitions."""
+    manager = Ops.from_url("redis://nowhere", prefix="p", partitions=4)
+    manager.namespace.connected(4)
+    return manager
+
+
+def flat(**changes: bytes) -> list[bytes]:
+    """A flow's hash as HGETALL replies."""
+    fields = HASH | {name.encode(): value for name, value in changes.items()}
+    return [part for pair in fields.items() for part in pair]
+
+
+def outcome(op: Generator[Any, Any, Any], *replies: Any) -> Any:
+    """What an operation returns after these replies; it must end with the last."""
+    next(op)
+    for reply in replies[:-1]:
+        op.send(reply)
+    with pytest.raises(StopIteration) as stop:
+        op.send(replies[-1])
+    return stop.value.value
+
+
+def held(ops: Any) -> Flow:
+    """A flow as it was read."""
+    flow: Flow = outcome(ops.get(FLOW_ID), [flat()])
+    return flow
+
+
+CHANGES: dict[str, Callable[[Any], Any]] = {
+    "create_managed": lambda ops: ops.create_managed(**IDENTITY, flow_id=FLOW_ID),
+    "create_mirrored": lambda ops: ops.create_mirrored(**IDENTITY, flow_id=FLOW_ID),
+    "start_running": lambda ops: ops.start_running(FLOW_ID),
+    "set_waiting": lambda ops: ops.set_waiting(FLOW_ID, ExternalEvent("t", "c", deadline=datetime.now(UTC))),
+    "resume": lambda ops: ops.resume(FLOW_ID, {"a": 1}),
+    "finish": lambda ops: ops.finish(FLOW_ID, {"a": 1}),
+    "fail": lambda ops: ops.fail(FLOW_ID, "broken"),
+    "request_cancel": lambda ops: ops.request_cancel(FLOW_ID),
+    "cancel": lambda ops: ops.cancel(FLOW_ID),
+    "update_state": lambda ops: ops.update_state(FLOW_ID, {"a": 1}, increment={"n": 1}, unset=["tmp"]),
+    "update_and_append": lambda ops: ops.update_and_append(attrs.evolve(held(ops), current_step="x"), "kind"),
+    "append_event": lambda ops: ops.append_event(FLOW_ID, "note"),
+    "record_step_observation": lambda ops: ops.record_step_observation(
+        StepObservation(FLOW_ID, "run", "task", "running")
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_change_is_one_call_whose_keys_share_a_slot(ops: Any, name: str) -> None:
+    """One script; every key declared, in the flow's own partition."""
+    call = next(CHANGES[name](ops))
+    assert isinstance(call, Call)
+    partition = ops.namespace.keyspace.partition_of(FLOW_ID)
+    assert call.slot == partition.slot
+    assert all(key.startswith(b"{%b}:" % partition.tag.encode()) for key in call.keys)
+    assert str(FLOW_ID) in call.subject
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_every_call_has_an_operation_id_of_its_own(ops: Any, name: str) -> None:
+    """16 random bytes as text, in the arguments and for the error; a first attempt looks for nothing."""
+    calls = [next(CHANGES[name](ops)) for _ in range(3)]
+    assert len({call.op_id for call in calls}) == 3
+    for call in calls:
+        op, conditions, *rest = call.argv()
+        assert op == call.op_id.encode()
+        assert len(bytes.fromhex(call.op_id)) == 16
+        assert conditions.partition(b"|")[0] == b""
+        op_again, conditions, *rest_again = call.argv(1234)
+        assert conditions.startswith(b"1234|")
+        assert (op_again, rest_again) == (op, rest)
+
+
+@pytest.mark.parametrize("op_id", ["ab" * 16, UUID("ab" * 16), b"\xab" * 16, "AB" * 16])
+def test_an_operation_id_that_is_brought_is_looked_for_at_once(ops: Any, op_id: Any) -> None:
+    """In any of its forms; the first attempt already looks."""
+    call = next(ops.start_running(FLOW_ID, op_id=op_id))
+    assert call.op_id == "ab" * 16
+    assert call.argv()[1].partition(b"|")[0] != b""
+
+
+REFUSALS: list[tuple[list[bytes], type[FlowError], dict[str, Any]]] = [
+    ([b"ABSENT"], FlowNotFound, {"flow_id": FLOW_ID}),
+    ([b"STALE", b"7"], RevisionMismatch, {"flow_id": FLOW_ID, "expected": 3, "actual": 7}),
+    ([b"TERMINAL", b"finished"], AlreadyTerminal, {"flow_id": FLOW_ID, "status": FlowStatus.FINISHED}),
+    ([b"PENDING"], CancelPending, {"flow_id": FLOW_ID}),
+    (
+        [b"ILLEGAL", b"created"],
+        IllegalTransition,
+        {"flow_id": FLOW_ID, "source": FlowStatus.CREATED, "target": FlowStatus.FINISHED},
+    ),
+    ([b"UNKNOWN"], OutcomeUnknown, {"op_id": "ab" * 16}),
+    ([b"CORRUPT", b"status"], InvalidData, {}),
+]
+
+
+@pytest.mark.parametrize(("reply", "error", "facts"), REFUSALS, ids=lambda value: getattr(value, "__name__", None))
+def test_a_refusal_is_the_error_it_stands_for(ops: Any, reply: Any, error: Any, facts: dict[str, Any]) -> None:
+    """The tagged reply has what the exception says; nobody reads again."""
+    op = ops.finish(FLOW_ID, expected_revision=3, op_id="ab" * 16)
+    next(op)
+    with pytest.raises(error) as refused:
+        op.send(reply)
+    assert {name: getattr(refused.value, name) for name in facts} == facts
+
+
+def test_a_taken_id_is_refused_by_its_creation(ops: Any) -> None:
+    """`FlowExists`."""
+    op = ops.create_managed(**IDENTITY, flow_id=FLOW_ID)
+    next(op)
+    with pytest.raises(FlowExists):
+        op.send([b"EXISTS"])
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_storage_error_passes_through(ops: Any, name: str) -> None:
+    """An operation hides no failure of its call."""
+    op = CHANGES[name](ops)
+    next(op)
+    error = StorageError("gone")
+    with pytest.raises(StorageError) as raised:
+        op.throw(error)
+    assert raised.value is error
+
+
+@pytest.mark.parametrize("name", ["start_running", "resume", "finish", "fail", "cancel", "update_state"])
+def test_a_whole_hash_in_the_reply_is_the_flow(ops: Any, name: str) -> None:
+    """What the server has, not what the caller held."""
+    reply = [b"FLOW", flat(revision=b"9", etag=b"f" * 32), b"5-0", b"9"]
+    flow = outcome(CHANGES[name](ops), reply)
+    assert (flow.id, flow.revision, flow.etag, flow.state) == (FLOW_ID, 9, "f" * 32, {"n": 1})
+
+
+# --- reading
+
+
+def test_a_flow_that_is_not_there_is_none(ops: Any) -> None:
+    """An empty hash is no flow."""
+    assert outcome(ops.get(FLOW_ID), [[]]) is None
+    assert [flow and flow.id for flow in outcome(ops.get_many([FLOW_ID, UUID(int=6)]), [flat(), []])] == [FLOW_ID, None]
+
+
+def test_nothing_is_asked_where_the_answer_is_known(ops: Any) -> None:
+    """A limit below 1 lists nothing, no ids need no reading."""
+    for op in (ops.list_events(FLOW_ID, 0), ops.list_events(FLOW_ID, -1), ops.get_many([])):
+        with pytest.raises(StopIteration) as stop:
+            next(op)
+        assert stop.value.value == []
+
+
+# --- operations of several yields
+
+
+def test_mutate_reads_again_when_another_writer_won(ops: Any) -> None:
+    """Compare, and again from the read; the function sees what is there now, once a try."""
+    seen = []
+
+    def fn(flow: Flow) -> Flow:
+        seen.append(flow.revision)
+        return attrs.evolve(flow, current_step="x")
+
+    op = ops.mutate(FLOW_ID, fn, kind="k", retries=1)
+    assert isinstance(next(op), Read)
+    first = op.send([flat()])
+    assert isinstance(op.send([b"STALE", b"4"]), Read)
+    second = op.send([flat(revision=b"4", etag=b"f" * 32)])
+    assert (first.op_id != second.op_id, first.slot) == (True, second.slot)
+    with pytest.raises(StopIteration) as stop:
+        op.send([b"FLOW", flat(revision=b"5"), b"5-0", b"5"])
+    assert stop.value.value.revision == 5
+    assert seen == [3, 4]
+
+
+def test_mutate_gives_up_after_its_retries(ops: Any) -> None:
+    """The last conflict is raised, with what it met."""
+    op = ops.mutate(FLOW_ID, lambda flow: attrs.evolve(flow, current_step="x"), kind="k", retries=2)
+    next(op)
+    for revision in (4, 5):
+        op.send([flat()])
+        op.send([b"STALE", b"%d" % revision])
+    op.send([flat()])
+    with pytest.raises(RevisionMismatch) as conflict:
+        op.send([b"STALE", b"6"])
+    assert conflict.value.actual == 6
+
+
+def test_mutate_of_an_expected_revision_never_tries_again(ops: Any) -> None:
+    """The caller meant that version, not the next."""
+    op = ops.mutate(FLOW_ID, lambda flow: attrs.evolve(flow, current_step="x"), kind="k", expected_revision=3)
+    next(op)
+    op.send([flat()])
+    with pytest.raises(RevisionMismatch):
+        op.send([b"STALE", b"4"])
+
+
+def test_the_guards_of_the_primitive_are_the_servers(ops: Any) -> None:
+    """`FlowNotFound` and replay come before `RevisionMismatch`: a wrong expectation is for the script to refuse."""
+    flow = attrs.evolve(held(ops), current_step="x")
+    op = ops.update_and_append(flow, "kind", expected_revision=99)
+    assert isinstance(next(op), Call)
+    with pytest.raises(FlowNotFound):
+        op.send([b"ABSENT"])
+
+
+def test_delete_follows_an_id_to_its_new_owner(ops: Any) -> None:
+    """Created anew for another owner since the read: read again, with that owner's keys."""
+    op = ops.delete(FLOW_ID)
+    next(op)
+    first = op.send([b"kate"])
+    assert isinstance(op.send([b"MOVED"]), Read)
+    second = op.send([b"joe"])
+    assert any(key.endswith(b":owner:kate") for key in first.keys)
+    assert any(key.endswith(b":owner:joe") for key in second.keys)
+    with pytest.raises(StopIteration) as stop:
+        op.send([b"OK"])
+    assert stop.value.value is True
+
+
+def test_delete_of_nothing_sends_no_script(ops: Any) -> None:
+    """The read says that there is none."""
+    assert outcome(ops.delete(FLOW_ID), [None]) is False
+
+
+# --- bad input
+
+LONG = "x" * 1025
+BAD: list[Callable[[Any], Any]] = [
+    *(lambda ops, bad=bad: ops.start_running(bad) for bad in ("", "not-a-uuid", 7, None, b"x" * 16)),
+    *(lambda ops, bad=bad: ops.cancel(FLOW_ID, expected_revision=bad) for bad in (-1, True, 1.0, "1")),
+    *(lambda ops, bad=bad: ops.cancel(FLOW_ID, op_id=bad) for bad in ("", "xyz", 7, b"short", "ab" * 17)),
+    *(
+        lambda ops, name=name, bad=bad: ops.create_managed(**IDENTITY | {name: bad})
+        for name in IDENTITY
+        for bad in ("", 7, None, "\ud800", "x" * (64 * 1024 + 1))
+    ),
+    lambda ops: ops.create_managed(**IDENTITY, current_step=LONG),
+    lambda ops: ops.create_managed(**IDENTITY, state={"x": "y" * 2**20}),
+    lambda ops: ops.create_managed(**IDENTITY, state={1: 2}),
+    lambda ops: ops.create_managed(**IDENTITY, state={"\ud800": 2}),
+    lambda ops: ops.set_waiting(FLOW_ID, {"kind": "timer"}),
+    lambda ops: ops.set_waiting(FLOW_ID, {"kind": "timer", "at": "2026-01-01T00:00:00"}),
+    lambda ops: ops.set_waiting(FLOW_ID, {"kind": "timer", "at": "yesterday"}),
+    lambda ops: ops.set_waiting(FLOW_ID, {"kind": "timer", "at": 7}),
+    lambda ops: ops.set_waiting(FLOW_ID, {"kind": "external_event", "topic": "a\0b", "correlation_id": "c"}),
+    lambda ops: ops.set_waiting(FLOW_ID, {"kind": "external_event", "topic": "", "correlation_id": "c"}),
+    lambda ops: ops.set_waiting(FLOW_ID, {"kind": "external_event", "topic": "t"}),
+    lambda ops: ops.set_waiting(FLOW_ID, {"kind": "manual", "deadline": "2026-01-01"}),
+    lambda ops: ops.set_waiting(FLOW_ID, {"kind": ""}),
+    lambda ops: ops.set_waiting(FLOW_ID, {}),
+    lambda ops: ops.set_waiting(FLOW_ID, None),
+    lambda ops: ops.set_waiting(FLOW_ID, Manual),
+    lambda ops: ops.set_waiting(FLOW_ID, Timer(at=datetime(2026, 1, 1))),
+    lambda ops: ops.fail(FLOW_ID, None),
+    lambda ops: ops.fail(FLOW_ID, "\ud800"),
+    lambda ops: ops.fail(FLOW_ID, "x" * 2**20),
+    lambda ops: ops.finish(FLOW_ID, {"x": float("nan")}),
+    lambda ops: ops.resume(FLOW_ID, 2**63),
+    *(
+        lambda ops, bad=bad: ops.update_state(FLOW_ID, increment=bad)
+        for bad in ({"n": 1.0}, {"n": True}, {"n": 2**63}, {1: 1}, ["n"], {"n": None})
+    ),
+    lambda ops: ops.update_state(FLOW_ID, {"n": 1}, increment={"n": 1}),
+    lambda ops: ops.update_state(FLOW_ID, unset="tmp"),
+    lambda ops: ops.update_state(FLOW_ID, unset=[1]),
+    lambda ops: ops.update_state(FLOW_ID, unset=7),
+    lambda ops: ops.update_state(FLOW_ID, next_step=""),
+    lambda ops: ops.append_event(FLOW_ID, ""),
+    lambda ops: ops.append_event(FLOW_ID, "k", {"x": {1}}),
+    lambda ops: ops.record_step_observation({"run_id": "r"}),
+    lambda ops: ops.record_step_observation(StepObservation(FLOW_ID, "", "t", "running")),
+    lambda ops: ops.record_step_observation(StepObservation(FLOW_ID, "r", "t", "asleep")),
+    lambda ops: ops.record_step_observation(StepObservation(FLOW_ID, "r", "t", "running"), runtime="mine"),
+    lambda ops: ops.record_step_observation(StepObservation(FLOW_ID, "r", "t", "running", LONG)),
+    lambda ops: ops.update_and_append(FLOW_ID, "k"),
+    lambda ops: ops.update_and_append(attrs.evolve(held(ops), goal="another"), "k"),
+    lambda ops: ops.update_and_append(attrs.evolve(held(ops), status=FlowStatus.WAITING), "k"),
+    lambda ops: ops.update_and_append(attrs.evolve(held(ops), status="asleep"), "k"),  # type: ignore[arg-type]  # the input under test
+    lambda ops: ops.update_and_append(attrs.evolve(held(ops), state={1: 1}), "k"),
+    lambda ops: ops.list_events(FLOW_ID, "many"),
+    lambda ops: ops.list_by_status("asleep"),
+    lambda ops: ops.list_by_status("running", updated_before=datetime(2026, 1, 1)),
+    lambda ops: ops.list_by_owner("o", limit=1.5),
+    lambda ops: ops.prune_terminal_flows(timedelta(-1)),
+    lambda ops: ops.prune_terminal_flows(7),
+    lambda ops: ops.find_step_by_run_id(FLOW_ID, ""),
+]
+
+
+@pytest.mark.parametrize("bad", BAD, ids=range(len(BAD)))
+def test_bad_input_is_refused_before_anything_is_sent(ops: Any, bad: Callable[[Any], Any]) -> None:
+    """`InvalidData`, at the latest in place of the first call."""
+    with pytest.raises(InvalidData):
+        next(bad(ops))
