@@ -178,12 +178,17 @@ def test_a_key_of_the_wrong_type_stops_a_change_before_it_begins(subject: Subjec
         subject.raw.delete(key)
         put(subject.raw, key)
         before = dump(subject)
-        with pytest.raises(FlowError):
-            operation.call(flows, flow)
+        if name == "prune_terminal_flows":
+            assert operation.call(flows, flow) == 0  # as a listing does, it logs what is damaged and goes on
+        else:
+            with pytest.raises(FlowError):
+                operation.call(flows, flow)
         assert dump(subject) == before, f"{name} wrote although {key!r} is a {wrong!r}"
         subject.raw.delete(key)
         if kept is not None:
             subject.raw.restore(key, 0, kept)
+        if name == "prune_terminal_flows":
+            flows.delete(flow)
         if operation.begin is not None:
             flows.delete(flow)
     assert flows.get(bystander.id) == bystander

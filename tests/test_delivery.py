@@ -105,7 +105,7 @@ def test_a_call_that_is_answered_is_sent_once_and_says_no_span() -> None:
     world = World([b"reply"])
     assert world.run(one(call())) == b"reply"
     sha = scripts.APPEND_EVENT.source.sha
-    assert world.packets == [Packet(7, [(b"EVALSHA", sha, b"1", b"{t}:k0", OP.encode(), b"", b"rest")])]
+    assert world.packets == [Packet(7, ((b"EVALSHA", sha, b"1", b"{t}:k0", OP.encode(), b"", b"rest"),))]
     assert world.pauses == []
 
 

@@ -266,9 +266,9 @@ def test_delete_follows_an_id_to_its_new_owner(ops: Any) -> None:
     """Created anew for another owner since the read: read again, with that owner's keys."""
     op = ops.delete(FLOW_ID)
     next(op)
-    first = op.send([b"kate"])
+    first = op.send([[b"kate", b"1"]])
     assert isinstance(op.send([b"MOVED"]), Read)
-    second = op.send([b"joe"])
+    second = op.send([[b"joe", b"2"]])
     assert any(key.endswith(b":owner:kate") for key in first.keys)
     assert any(key.endswith(b":owner:joe") for key in second.keys)
     with pytest.raises(StopIteration) as stop:
@@ -278,7 +278,7 @@ def test_delete_follows_an_id_to_its_new_owner(ops: Any) -> None:
 
 def test_delete_of_nothing_sends_no_script(ops: Any) -> None:
     """The read says that there is none."""
-    assert outcome(ops.delete(FLOW_ID), [None]) is False
+    assert outcome(ops.delete(FLOW_ID), [[None, None]]) is False
 
 
 # --- bad input

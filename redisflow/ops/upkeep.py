@@ -16,6 +16,7 @@ from redisflow.ops.namespace import (
     Namespace,
     Target,
     expectation,
+    log,
     op_id_of,
     partition_of,
     raise_refusal,
@@ -199,7 +200,9 @@ def _prune_page(namespace: Namespace, targets: list[Target], before_us: int) -> 
         return 0
     outcomes = yield Batch(calls)
     for outcome in outcomes:
-        if isinstance(outcome, FlowError) and not isinstance(outcome, InvalidData):
+        if isinstance(outcome, InvalidData):
+            log.warning("not pruned: %s", outcome)
+        elif isinstance(outcome, FlowError):
             raise outcome
     return sum(outcome == [b"OK"] for outcome in outcomes)
 
