@@ -44,18 +44,17 @@ local op, conditions, flow_id, held_etag, next_revision, payload = unpack(ARGV, 
 -- An etag names one version of a flow: where the stored one is the caller's, what the copy says is so.
 local etag = call('HGET', flow_key, 'etag')
 local current = etag == held_etag and etag ~= ''
-local status, cancel_requested = COPY_STATUS, '0'
-if not current or not COPY_STATUS then
-  status, cancel_requested = unpack(call('HMGET', flow_key, 'status', 'cancel_requested'), 1, 2)
+local status, cancel_requested, revision = COPY_STATUS, '0', nil
+if not current or not COPY_STATUS or conditions ~= '' then
+  local stored = call('HMGET', flow_key, 'status', 'cancel_requested', 'revision')
+  status, cancel_requested, revision = unpack(stored, 1, 3)
 end
 
 -- Guards, in the order docs/concepts.md gives; nothing is written before the last of them.
 if not status and call('EXISTS', flow_key) == 0 then
   return {'ABSENT'}
 end
-local revision
 if not current or conditions ~= '' then
-  revision = call('HGET', flow_key, 'revision')
   if not revision or not string.match(revision, '^%d+$') then
     return {'CORRUPT', 'revision'}
   end

@@ -148,7 +148,7 @@ class Transition:
             case [b"SAME"] if self.target.base is not None:
                 return Flow.from_stored(self.target.base)
             case [b"FLOW", stored, *_]:
-                return found(self.target.flow_id, stored)
+                return found(self.target, stored)
         return raise_refusal(reply, self.target.flow_id, self.op, expected=self.expected, to=self.verb.target)
 
     def _applied(self, updated_at: bytes) -> Flow:

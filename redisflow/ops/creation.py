@@ -97,5 +97,5 @@ def create(
             fields |= {b"created_at": created_at, b"updated_at": created_at}
             return Flow.from_stored(StoredFlow(target.flow_id, target.member, fields))
         case [b"FLOW", stored]:
-            return found(target.flow_id, stored)
+            return found(target, stored)
     raise_refusal(reply, target.flow_id, op)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
-from uuid import UUID
 
 import attrs
 
@@ -14,6 +13,7 @@ from redisflow.codec import (
     StoredFlow,
     encode_plain,
     pack_plain,
+    pairs,
     plain,
     stamped,
 )
@@ -22,6 +22,7 @@ from redisflow.flow import (
     Flow,
     FlowStatus,
 )
+from redisflow.ops.namespace import Target
 from redisflow.waits import AnyWait, parse_wait, to_us, wire_form
 
 Fields = dict[bytes, bytes]
@@ -94,9 +95,9 @@ def flat(fields: Mapping[bytes, bytes]) -> Iterable[bytes]:
         yield from pair
 
 
-def found(flow_id: UUID, stored: Sequence[bytes]) -> Flow:
+def found(target: Target, stored: Sequence[bytes]) -> Flow:
     """The flow in a script's reply. What was applied was applied, even where other fields are damaged."""
-    return Flow.from_stored(StoredFlow.of(flow_id, stored))
+    return Flow.from_stored(StoredFlow(target.flow_id, target.member, pairs(stored)))
 
 
 def is_state(field: bytes) -> bool:
