@@ -17,6 +17,7 @@ from tests.support.subjects import BACKENDS, STATE, WHO, Backend, Servers, Subje
 
 if TYPE_CHECKING:
     import redis
+    from redis.typing import EncodableT, FieldT
 
     from tests.support.servers import Engine
 
@@ -160,7 +161,7 @@ def test_every_kind_of_key_is_touched_by_something() -> None:
     assert {key for _, key in TOUCHED} == {"flow", "events", "steps", "owner", "due", "waiters", *EVERY_STATUS}
 
 
-@pytest.mark.parametrize(("name", "key_name"), TOUCHED, ids="-".join)
+@pytest.mark.parametrize(("name", "key_name"), TOUCHED)
 def test_a_key_of_the_wrong_type_stops_a_change_before_it_begins(subject: Subject, name: str, key_name: str) -> None:
     """Each touched key, of each wrong type: a FlowError, and every key of the namespace as it was."""
     flows, operation = subject.manager(), OPERATIONS[name]
@@ -178,7 +179,7 @@ def test_a_key_of_the_wrong_type_stops_a_change_before_it_begins(subject: Subjec
         subject.raw.delete(key)
         put(subject.raw, key)
         before = dump(subject)
-        if name == "prune_terminal_flows":
+        if name == "prune_terminal_flows" and key_name in {"flow", "owner"}:
             assert operation.call(flows, flow) == 0  # as a listing does, it logs what is damaged and goes on
         else:
             with pytest.raises(FlowError):
@@ -384,12 +385,13 @@ def test_a_damaged_event_is_named(real_subject: Subject) -> None:
     flows = real_subject.manager()
     flow = create(flows)
     key = key_of(real_subject, flow.id, "events")
-    for fields in (
+    damaged: list[dict[FieldT, EncodableT]] = [
         {"junk": "junk"},
         {"rev": "x", "kind": "k", "op": "o", "payload": b"\xc0"},
         {"rev": 1, "kind": b"\xff", "op": "o", "payload": b"\xc0"},
         {"rev": 1, "kind": "k", "op": "o", "payload": BOMB},
-    ):
+    ]
+    for fields in damaged:
         entry = real_subject.raw.xadd(key, fields)
         assert isinstance(entry, bytes)
         for read in (lambda: flows.list_events(flow), lambda: list(flows.iter_events(flow))):
@@ -408,7 +410,11 @@ def test_a_damaged_step_is_named(real_subject: Subject, junk: bytes) -> None:
     flows.record_step_observation(observed(flow.id))
     key = key_of(real_subject, flow.id, "steps")
     real_subject.raw.hset(key, "cron-42", junk)
-    for read in (lambda: flows.list_steps(flow), lambda: flows.find_step_by_run_id(flow, "cron-42")):
+    reads: list[Callable[[], object]] = [
+        lambda: flows.list_steps(flow),
+        lambda: flows.find_step_by_run_id(flow, "cron-42"),
+    ]
+    for read in reads:
         with pytest.raises(InvalidData, match=str(flow.id)):
             read()
     before = dump(real_subject)

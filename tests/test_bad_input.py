@@ -16,7 +16,7 @@ from tests.support.subjects import WHO, create, flow_in, observed
 if TYPE_CHECKING:
     from tests.support.subjects import Subject
 
-Call = Callable[[Any, Flow], object]
+Call = Callable[[Any, Any], object]  # a manager and a flow, `Any` because what is done with them is wrong
 NAIVE = datetime(2030, 1, 1)
 LONG = "x" * 1025
 
@@ -27,6 +27,26 @@ def nested(depth: int) -> Any:
     for _ in range(depth - 1):
         value = [value]
     return value
+
+
+def creating(field: str, value: object) -> Call:
+    """Create a flow with that in the field."""
+    return lambda flows, _: flows.create_managed(**WHO | {field: value})
+
+
+def naming(bad: object, call: Call) -> Call:
+    """Make a call with that in place of the flow."""
+    return lambda flows, _: call(flows, bad)
+
+
+def storing(value: object, put: Callable[[Any, Flow, Any], object]) -> Call:
+    """Put a value where values go."""
+    return lambda flows, flow: put(flows, flow, value)
+
+
+def waiting_for(wait: object) -> Call:
+    """Let the flow wait for that."""
+    return lambda flows, flow: flows.set_waiting(flow, wait)
 
 
 NAMES: dict[str, tuple[Call, str]] = {}
@@ -40,13 +60,10 @@ for _field in ("controller_id", "owner_session_key", "requester_origin", "curren
         ("None", None, "string"),
         ("surrogate", "a\ud800", "surrogate"),
     ):
-        NAMES[f"{_field} {_what}"] = (
-            lambda flows, _, f=_field, v=_value: flows.create_managed(**WHO | {f: v}),
-            f"(?s){_field}.*{_why}",
-        )
+        NAMES[f"{_field} {_what}"] = (creating(_field, _value), f"(?s){_field}.*{_why}")
 
 IDS: dict[str, tuple[Call, str]] = {
-    f"{name} {bad!r}": (lambda flows, _, call=call, bad=bad: call(flows, bad), "UUID")
+    f"{name} {bad!r}": (naming(bad, call), "UUID")
     for bad in ("no uuid", "", "1234", 7, None, b"x" * 16, ["x"])
     for name, call in {
         "get": lambda flows, bad: flows.get(bad),
@@ -104,14 +121,14 @@ SINKS: dict[str, Callable[[Any, Flow, Any], object]] = {
     "observe": lambda flows, flow, v: flows.record_step_observation(observed(flow, result={"key": v})),
 }
 VALUES: dict[str, tuple[Call, str]] = {
-    f"{sink}: {what}": (lambda flows, flow, put=put, value=value: put(flows, flow, value), why)
+    f"{sink}: {what}": (storing(value, put), why)
     for what, (value, why) in UNSTORABLE.items()
     for sink, put in SINKS.items()
     if not (what == "too deep" and sink == "update_state whole")
 }
 
 WAITS: dict[str, tuple[Call, str]] = {
-    f"wait {bad!r}"[:60]: (lambda flows, flow, bad=bad: flows.set_waiting(flow, bad), why)
+    f"wait {bad!r}"[:60]: (waiting_for(bad), why)
     for bad, why in (
         (None, "NoneType"),
         ("timer", "str"),
@@ -305,13 +322,13 @@ def test_what_is_just_within_the_limits_is_taken(real_subject: Subject) -> None:
     "make",
     [
         lambda: Timer(at=NAIVE),
-        lambda: Timer(at="2030-01-01T00:00:00Z"),  # type: ignore[arg-type]
+        lambda: Timer(at="2030-01-01T00:00:00Z"),  # type: ignore[arg-type]  # the nonsense
         lambda: Timer(at=datetime(2030, 1, 1, tzinfo=UTC), deadline=NAIVE),
         lambda: Manual(deadline=NAIVE),
         lambda: ExternalEvent("", "c"),
         lambda: ExternalEvent("t\0", "c"),
         lambda: ExternalEvent("t", LONG),
-        lambda: ExternalEvent("t", 7),  # type: ignore[arg-type]
+        lambda: ExternalEvent("t", 7),  # type: ignore[arg-type]  # the nonsense
     ],
 )
 def test_a_wait_cannot_even_be_made_of_nonsense(make: Callable[[], object]) -> None:

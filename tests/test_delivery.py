@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Generator, Iterator
 from itertools import chain, pairwise, repeat
 from typing import Any
 from uuid import UUID
@@ -74,7 +74,7 @@ class World:
                 self.sent_at.append(self.now_s)
                 self.now_s += self.takes_s
                 answer = next(self.answers)
-                answer = answer(step) if isinstance(answer, Callable) else answer  # type: ignore[arg-type]
+                answer = answer(step) if callable(answer) else answer
                 step = steps.throw(answer) if isinstance(answer, Lost) else steps.send(answer)
         except StopIteration as stop:
             return stop.value
@@ -398,10 +398,10 @@ def test_an_error_is_raised_inside_the_operation_which_may_go_on() -> None:
 def test_each_yield_has_a_deadline_of_its_own() -> None:
     """A long operation is not cut off because its parts add up."""
 
-    def operation() -> Iterable[Any]:
+    def operation() -> Generator[Any, Any, None]:
         for n in range(1, 6):
             yield call(n)
 
     world = World(*[answer for n in range(5) for answer in (NOT_SENT, [b"ok"])], takes_s=0.8)
-    world.run(operation(), deadline_s=1.0)  # type: ignore[arg-type]  # a generator
+    world.run(operation(), deadline_s=1.0)
     assert len(world.packets) == 10

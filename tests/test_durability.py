@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -21,7 +22,7 @@ import pytest
 import redis
 
 from redisflow import Flow, FlowManager, FlowStatus, Manual, StepObservation
-from tests.support.servers import ENGINES, Server
+from tests.support.servers import ENGINES, Engine, Server
 from tests.support.waiting import wait_until
 
 IDENTITY: dict[str, Any] = {"controller_id": "c", "goal": "g", "owner_session_key": "o", "requester_origin": "r"}
@@ -97,15 +98,18 @@ class Writers:
             self.flows.update_state(mine, {"last": chance.random()}, increment={"n": 1})
             self.acknowledged[mine] += 1
 
+    def has_acknowledged(self, changes: int) -> bool:
+        """Whether that many changes were acknowledged."""
+        return self.acknowledged.total() >= changes
+
     def keep_crashing(self, crash: Callable[[], None], *, times: int) -> None:
         """Crash the server again and again while all of them write."""
         with ThreadPoolExecutor(len(self.ids)) as threads:
             writing = [threads.submit(self.write, seed) for seed in range(len(self.ids))]
             try:
                 for _ in range(times):
-                    target = self.acknowledged.total() + 300
                     wait_until(
-                        lambda target=target: self.acknowledged.total() >= target,  # type: ignore[misc]
+                        partial(self.has_acknowledged, self.acknowledged.total() + 300),
                         description="300 more acknowledged changes",
                         timeout_s=40,
                     )
@@ -146,10 +150,10 @@ def kill_server(socket_path: Path) -> None:
 
 
 @pytest.mark.parametrize("engine", ENGINES, ids=str)
-def test_the_crash_of_a_server_with_an_append_only_file_loses_and_doubles_nothing(engine: object) -> None:
+def test_the_crash_of_a_server_with_an_append_only_file_loses_and_doubles_nothing(engine: Engine) -> None:
     """On every engine: what a reply was seen for is there after `kill -9`, hash and trail agreeing."""
     with ExitStack() as stack:
-        server = stack.enter_context(Server(engine))  # type: ignore[arg-type]  # an Engine
+        server = stack.enter_context(Server(engine))
         flows = stack.enter_context(FlowManager.from_url(server.url))
         writers = Writers(flows, [flows.create_mirrored(**IDENTITY, state={"n": 0}).id for _ in range(4)])
 
@@ -169,6 +173,11 @@ def live_for_ever(url: str, seed: int) -> None:
             whole_life(flows, chance)
 
 
+def has_flows(flows: FlowManager, count: int) -> bool:
+    """Whether there are that many flows."""
+    return sum(flows.count_by_status().values()) >= count
+
+
 def test_a_writer_killed_midway_leaves_no_half_written_flow() -> None:
     """Whatever it was doing, every flow has its trail and its place in the indexes."""
     spawn = multiprocessing.get_context("spawn")
@@ -179,7 +188,7 @@ def test_a_writer_killed_midway_leaves_no_half_written_flow() -> None:
         try:
             for n, writer in enumerate(writers, 1):
                 wait_until(
-                    lambda n=n: sum(flows.count_by_status().values()) >= 60 * n,  # type: ignore[misc]
+                    partial(has_flows, flows, 60 * n),
                     description="a number of flows",
                     timeout_s=60,
                 )

@@ -4,177 +4,41 @@ from __future__ import annotations
 
 import copy
 import os
-import warnings
-from collections import Counter
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
-from typing import Any, ClassVar
-from uuid import UUID, uuid4
+from typing import Any
+from uuid import uuid4
 
 import attrs
 import fakeredis
 import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
+from hypothesis.stateful import initialize, rule, run_state_machine_as_test
 
-from redisflow import (
-    ExternalEvent,
-    Flow,
-    FlowError,
-    FlowManager,
-    FlowStatus,
-    FlowStepStatus,
-    Manual,
-    RevisionMismatch,
-    StepObservation,
-    StepRuntime,
-    Timer,
-    WaitEngine,
+from redisflow import Flow, FlowManager, FlowStatus, FlowStepStatus, StepObservation, StepRuntime, WaitEngine
+from tests.support.model import ModelEvent, ModelFlow, Refused, incremented, merged
+from tests.support.model_input import (
+    IDS,
+    KEYS,
+    LONG_AGO,
+    OWNERS,
+    WAITS,
+    expectations,
+    forms,
+    increments,
+    mappings,
+    ops,
+    patches,
+    slots,
+    values,
 )
-from tests.support.model import Model, ModelEvent, ModelFlow, Refused, exact, incremented, merged
 from tests.support.servers import ENGINES, Server
-
-IDS = [UUID(int=n) for n in (0, 1, 16, 2**127 + 5)]
-OWNERS = ["agent:kate", "agent:\0{joe}\n"]
-KEYS = ["n", "m", "tmp", "", "é{}\0"]
-LONG_AGO = datetime(2001, 1, 1, tzinfo=UTC)
-FAR_OFF = datetime(2100, 1, 1, tzinfo=UTC)
-AGO, OFF = "2001-01-01T00:00:00.000000Z", "2100-01-01T00:00:00.000000Z"
-# What a caller gives, and what must be stored.
-WAITS: list[tuple[Any, dict[str, Any]]] = [
-    (Timer(at=LONG_AGO), {"kind": "timer", "at": AGO}),
-    (Timer(at=FAR_OFF), {"kind": "timer", "at": OFF}),
-    (Timer(at=FAR_OFF, deadline=LONG_AGO), {"kind": "timer", "at": OFF, "deadline": AGO}),
-    (ExternalEvent("t", "c"), {"kind": "external_event", "topic": "t", "correlation_id": "c"}),
-    (
-        {"kind": "external_event", "topic": "t", "correlation_id": "c", "deadline": AGO},
-        {"kind": "external_event", "topic": "t", "correlation_id": "c", "deadline": AGO},
-    ),
-    (Manual(), {"kind": "manual"}),
-    (Manual(deadline=FAR_OFF), {"kind": "manual", "deadline": OFF}),
-    ({"kind": "my own", "at": 7}, {"kind": "my own", "at": 7}),
-]
-
-scalars = st.one_of(
-    st.none(),
-    st.booleans(),
-    st.sampled_from([0, 1, -1, 2**63 - 1, -(2**63), 2**53 + 1]),
-    st.integers(-(2**63), 2**63 - 1),
-    st.floats(allow_nan=False, allow_infinity=False),
-    st.text(max_size=4),
-    st.binary(max_size=4),
-)
-values = st.recursive(
-    scalars,
-    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=2), inner, max_size=2),
-    max_leaves=4,
-)
-mappings = st.dictionaries(st.sampled_from(KEYS), values, max_size=3)
-patches = st.one_of(st.none(), mappings, mappings, mappings, values)
-deltas = st.one_of(st.integers(-5, 5), st.sampled_from([2**63 - 1, -(2**63), 2**62]))
-increments = st.dictionaries(st.sampled_from(KEYS[:3]), deltas, max_size=2)
-slots = st.integers(0, len(IDS) - 1)
-forms = st.sampled_from(["uuid", "text", "copy", "copy", "evolved", "written into"])
-expectations = st.sampled_from([None, None, None, "current", "current", "copy", "wrong"])
-ops = st.sampled_from([None, None, "own"])
+from tests.support.side_by_side import NOW, SideBySide, same_event
 
 
-class Machine(RuleBasedStateMachine):
-    """One namespace of a server, and the model of it."""
-
-    connect: ClassVar[Callable[[], FlowManager]]
-    raw: ClassVar[Any]  # a client of the same server
-
-    def __init__(self) -> None:
-        super().__init__()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            self.flows = type(self).connect()
-            self.flows.connect()
-        self.model = Model()
-        self.sound = True
-        self.copies: dict[UUID, list[Flow]] = {flow_id: [] for flow_id in IDS}
-        self.step_ids: dict[tuple[UUID, str], tuple[Any, Any]] = {}
-        self.replayable: list[tuple[Callable[[], Any], Callable[[], Any], UUID]] = []
-
-    # --- pieces ---
-
-    def reference(self, slot: int, form: str) -> tuple[Any, Flow | None]:
-        """The flow as an argument, and the copy whose version it carries."""
-        flow_id = IDS[slot]
-        if form in {"uuid", "text"} or not self.copies[flow_id]:
-            return (str(flow_id) if form == "text" else flow_id), None
-        held = self.copies[flow_id][-1 if form != "copy" else len(self.copies[flow_id]) // 2]
-        if form == "evolved":
-            return attrs.evolve(held, state={"evil": 1}, current_step="evil", cancel_requested=True), held
-        if form == "written into" and isinstance(held.state, dict):
-            self.copies[flow_id].remove(held)
-            held.state["evil"] = 1
-        return held, held
-
-    def guards(self, slot: int, expect: str | None, held: Flow | None, op: str | None) -> tuple[Any, Any]:
-        """The options of a call, and those of the model's."""
-        stored = self.model.flows.get(IDS[slot])
-        current = 0 if stored is None else stored.revision
-        expected = {None: None, "current": current, "wrong": current + 1, "copy": current}[expect]
-        if expect == "copy" and held is not None:
-            expected = held.revision
-        etag = held.etag if held is not None and held.revision == expected else None
-        op_id = uuid4().hex if op else None
-        options = {"expected_revision": expected, "op_id": op_id}
-        return options, {"expected": expected, "expected_etag": etag, "op": op_id}
-
-    def both(self, flow_id: UUID, real: Callable[[], Any], modelled: Callable[[], Any], op: str | None = None) -> Any:
-        """Carry a call out on both sides; the answers must agree, and then what is stored."""
-        if op:
-            self.replayable.append((real, modelled, flow_id))
-        self.sound = False
-        refusal, error, answer = None, None, None
-        try:
-            modelled()
-        except Refused as refused:
-            refusal = refused
-        try:
-            answer = real()
-        except FlowError as refused:
-            error = refused
-        assert (type(error).__name__ if error else None) == (refusal.name if refusal else None), (
-            f"{error!r}, {refusal!r}"
-        )
-        for name, fact in refusal.facts.items() if refusal else ():
-            if not isinstance(error, RevisionMismatch) or name != "expected" or fact is not None:
-                assert getattr(error, name) == fact
-        self.compare(flow_id, answer)
-        return answer
-
-    def compare(self, flow_id: UUID, answer: Any) -> None:
-        """Hold one stored flow, and the flow a call returned, against the model."""
-        self.sound = False
-        self._compare(flow_id, answer)
-        self.sound = True
-
-    def _compare(self, flow_id: UUID, answer: Any) -> None:
-        stored, modelled = self.flows.get(flow_id), self.model.flows.get(flow_id)
-        if modelled is None:
-            assert stored is None
-            assert self.flows.list_events(flow_id) == []
-            return
-        assert stored is not None
-        if modelled.created_at is None:
-            modelled.created_at = stored.created_at
-            assert stored.updated_at == stored.created_at
-        if stored.etag != modelled.etag:
-            assert modelled.updated_at is None or stored.updated_at >= modelled.updated_at
-            modelled.etag, modelled.updated_at = stored.etag, stored.updated_at
-        assert as_mapping(stored) == as_expected(modelled, stored)
-        if isinstance(answer, Flow):
-            assert as_mapping(answer) == as_mapping(stored)
-            self.copies[flow_id] = [*self.copies[flow_id][-4:], answer]
-        (last,) = self.flows.list_events(flow_id, 1)
-        assert same_event(last, modelled.events[-1])
-
-    # --- rules ---
+class Machine(SideBySide):
+    """The rules: every operation, by whatever names a flow."""
 
     @initialize(status=st.sampled_from(["managed", "mirrored"]))
     def begin(self, status: str) -> None:
@@ -463,12 +327,6 @@ class Machine(RuleBasedStateMachine):
             self.compare_step(IDS[slot], answer)
             assert self.flows.find_step_by_run_id(IDS[slot], run_id) == answer
 
-    def compare_step(self, flow_id: UUID, step: Any) -> None:
-        for name, value in self.model.flows[flow_id].steps[step.run_id].items():
-            assert exact(getattr(step, name)) == exact(value)
-        born = self.step_ids.setdefault((flow_id, step.run_id), (step.id, step.created_at))
-        assert (step.id, step.created_at) == born
-
     @rule()
     def replay(self) -> None:
         """Send the latest call with an op id of the caller's once more."""
@@ -554,89 +412,6 @@ class Machine(RuleBasedStateMachine):
         assert [flow and flow.id for flow in self.flows.get_many(IDS)] == [
             flow_id if flow_id in self.model.flows else None for flow_id in IDS
         ]
-
-    def teardown(self) -> None:
-        """The trails are without gaps; the indexes hold just what the hashes say."""
-        try:
-            if not self.sound:
-                return  # a step has failed: that says more
-            for flow_id, modelled in self.model.flows.items():
-                self.compare(flow_id, None)
-                trail = list(self.flows.iter_events(flow_id))
-                assert len(trail) == len(modelled.events)
-                assert all(same_event(*pair) for pair in zip(trail, modelled.events, strict=True))
-                made = [event.revision for event in trail if event.kind not in {"note", "step_observed"}]
-                assert made == list(range(modelled.revision + 1))
-                assert Counter(step.run_id for step in self.flows.list_steps(flow_id)) == Counter(list(modelled.steps))
-                for step in self.flows.list_steps(flow_id):
-                    self.compare_step(flow_id, step)
-            assert self.keys() == self.expected_keys()
-        finally:
-            self.flows.close()
-
-    def keys(self) -> dict[str, set[bytes]]:
-        """Every key of the namespace but its meta, with the members of the sets, by kind and name."""
-        found: dict[str, set[bytes]] = {}
-        for key in self.raw.scan_iter(match=f"{{{self.flows._settings.prefix}:*", count=1000):
-            name = key.decode().partition("}:")[2]
-            members = set(self.raw.zrange(key, 0, -1)) if self.raw.type(key) == b"zset" else set[bytes]()
-            found.setdefault(name, set()).update(members)
-        return found
-
-    def expected_keys(self) -> dict[str, set[bytes]]:
-        expected: dict[str, set[bytes]] = {}
-        for flow in self.model.flows.values():
-            name = str(flow.id).encode()
-            expected[f"flow:{flow.id}"] = expected[f"events:{flow.id}"] = set()
-            if flow.steps:
-                expected[f"steps:{flow.id}"] = set()
-            expected.setdefault(f"owner:{flow.identity['owner_session_key']}", set()).add(name)
-            expected.setdefault(f"status:{flow.status}", set()).add(name)
-            if flow.status != "waiting" or flow.wait is None:
-                continue
-            known = flow.wait["kind"] in {"timer", "external_event", "manual"}
-            if flow.cancel_requested or (known and flow.wait.keys() & {"at", "deadline"}):
-                expected.setdefault("due", set()).add(name)
-            if flow.wait["kind"] == "external_event":
-                expected.setdefault("waiters", set()).add(b"t\0c\0" + name)
-        return expected
-
-
-NOW = "the server's time"
-
-
-def as_mapping(flow: Flow) -> Any:
-    """A flow's values, in the exact form."""
-    return exact({field.name: getattr(flow, field.name) for field in attrs.fields(Flow) if field.name != "_base"})
-
-
-def as_expected(modelled: ModelFlow, stored: Flow) -> Any:
-    """What a stored flow must look like, in the exact form."""
-    state = modelled.state
-    if isinstance(state, dict) and isinstance(state.get("failure"), dict) and state["failure"].get("at") == NOW:
-        at = stored.updated_at.strftime("%Y-%m-%dT%H:%M:%S.%fZ")
-        state = {**state, "failure": {**state["failure"], "at": at}}
-    return exact(
-        {
-            **modelled.identity,
-            "id": modelled.id,
-            "current_step": modelled.current_step,
-            "state": state,
-            "wait": modelled.wait,
-            "status": FlowStatus(modelled.status),
-            "cancel_requested": modelled.cancel_requested,
-            "revision": modelled.revision,
-            "etag": modelled.etag,
-            "created_at": modelled.created_at,
-            "updated_at": modelled.updated_at,
-        }
-    )
-
-
-def same_event(event: Any, modelled: ModelEvent) -> bool:
-    """Whether an event says what it must."""
-    wanted = (modelled.revision, modelled.kind, exact(modelled.payload))
-    return (event.revision, event.kind, exact(event.payload)) == wanted
 
 
 def hold_against_the_model(raw: Any, connect: Callable[[str], FlowManager], examples: int) -> None:

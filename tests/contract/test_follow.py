@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
@@ -43,6 +44,10 @@ class Background:
         except BaseException as error:  # noqa: BLE001 - looked at by the test
             self.error = error
 
+    def has(self, count: int) -> bool:
+        """Whether it gave so many items."""
+        return len(self.items) >= count
+
     def join(self) -> Background:
         """Wait for its end."""
         self._thread.join(15)
@@ -65,7 +70,7 @@ def test_events_are_seen_as_they_happen(flows: Any) -> None:
     watch = Background(lambda: flows.watch(flow.id, after=created.id))
     for n, change in enumerate((flows.start_running, lambda f: flows.append_event(f, "note", 1), flows.finish), 1):
         change(flow)
-        wait_until(lambda n=n: len(watch.items) >= n, description=f"event {n} is seen")
+        wait_until(partial(watch.has, n), description=f"event {n} is seen")
     watch.join()
     assert watch.error is None
     assert watch.items == list(flows.iter_events(flow, after=created.id))
@@ -131,7 +136,7 @@ def test_a_watch_does_not_hinder_other_calls(subject: Subject) -> None:
     watches = [Background(lambda: flows.watch(flow, after="0")) for _ in range(3)]
     waiting = Background(lambda: flows.wait_for(flow.id))
     for watch in watches:
-        wait_until(lambda w=watch: len(w.items) == 2, description="the past is seen")
+        wait_until(partial(watch.has, 2), description="the past is seen")
     flow = flows.finish(flow)
     assert waiting.join().value == flow
     for watch in watches:
@@ -280,7 +285,7 @@ def test_a_watch_resumes_after_a_lost_connection(real_subject: Subject) -> None:
             if n % 4 == 0:
                 proxy.sever()
             if n % 5 == 0:
-                wait_until(lambda n=n: len(watch.items) >= n, description=f"{n} events are seen")
+                wait_until(partial(watch.has, n), description=f"{n} events are seen")
         direct.finish(flow)
         assert watch.join().error is None
         assert watch.items == list(direct.iter_events(flow))

@@ -93,7 +93,7 @@ def test_flows_of_one_moment_all_come(flows: Any, subject: Subject, many: list[F
     """Equal scores, more than a page of them: each once."""
     for partition in subject.keyspace.partitions:
         key = partition.status(FlowStatus.RUNNING)
-        members = subject.raw.zrange(key, 0, -1)
+        members: Any = subject.raw.zrange(key, 0, -1)
         if members:
             subject.raw.zadd(key, dict.fromkeys(members, 1_700_000_000_000_000))
     for page in (1, 2, 7):
@@ -237,8 +237,8 @@ def test_pruning_deletes_old_ended_flows_and_counts_them(flows: Any, subject: Su
     assert flows.count_by_status() == {status: 2 if status.is_terminal else 4 for status in FlowStatus}
     assert flows.prune_terminal_flows(timedelta(0)) == 6
     assert flows.count_by_status() == {status: 0 if status.is_terminal else 4 for status in FlowStatus}
-    for status in ("created", "running", "waiting"):
-        for flow in flows.list_by_status(status):
+    for live in ("created", "running", "waiting"):
+        for flow in flows.list_by_status(live):
             assert flows.delete(flow)
     assert subject.all_keys() == []
 

@@ -165,7 +165,7 @@ def step(flow: Flow) -> Flow:
 
 def test_mutate_reads_changes_and_writes(flows: Any) -> None:
     """The flow as read goes through `fn`; one revision, one event."""
-    flow = flow_in(flows, "running")
+    flow = after = flow_in(flows, "running")
     for ref in (flow, flow.id, str(flow.id)):
         after = flows.mutate(ref, step, kind="counted", payload={"by": 1})
         assert flows.get(flow.id) == after

@@ -6,7 +6,7 @@ import asyncio
 import secrets
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, Self
 from uuid import UUID
 
@@ -79,8 +79,8 @@ class LoopThread:
             while (item := self.run(anext(items, end))) is not end:
                 yield item
         finally:
-            with suppress(AttributeError):  # one that is no generator needs no closing
-                self.run(items.aclose())  # type: ignore[attr-defined]
+            if (aclose := getattr(items, "aclose", None)) is not None:  # one that is no generator needs no closing
+                self.run(aclose())
 
 
 class Blocking:
@@ -262,7 +262,8 @@ class Subject:
         """The `due` or `waiters` index, all partitions together."""
         index: dict[bytes, float] = {}
         for partition in self.keyspace.partitions:
-            index |= dict(self.raw.zrange(getattr(partition, kind), 0, -1, withscores=True))
+            scored: Any = self.raw.zrange(getattr(partition, kind), 0, -1, withscores=True)
+            index |= dict(scored)
         return index
 
     def close(self) -> None:
@@ -326,3 +327,14 @@ def observed(flow: Any, run_id: str = "cron-42", **options: Any) -> StepObservat
 def trail(flows: Any, flow: Any) -> list[tuple[str, int, Any]]:
     """Every event, oldest first: kind, revision, payload."""
     return [(event.kind, event.revision, event.payload) for event in flows.iter_events(flow)]
+
+
+def works(flows: Any) -> None:
+    """Lead a flow through its life, with a block in it."""
+    flow = create(flows)
+    flow = flows.start_running(flow)
+    flow = flows.update_state(flow, increment={"processed": 1})
+    assert [event.kind for event in flows.watch(flow, after="0", timeout=0.01)][:2] == ["created", "started"]
+    flow = flows.finish(flow)
+    assert flows.get(flow.id) == flow == flows.wait_for(flow, timeout=5)
+    assert flow in flows.list_by_owner(WHO["owner_session_key"])
