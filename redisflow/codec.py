@@ -235,7 +235,7 @@ class StoredFlow:
     @property
     def cancel_requested(self) -> bool:
         """Whether a cancel is pending in this version."""
-        return self.fields[b"cancel_requested"] != b"0"
+        return self.fields.get(b"cancel_requested") != b"0"
 
     @property
     def etag(self) -> bytes:

@@ -22,6 +22,10 @@ from redisflow.scripts import Source
 _PASSING = frozenset(
     {"TRYAGAIN", "CLUSTERDOWN", "LOADING", "READONLY", "MASTERDOWN", "BUSY", "MISCONF", "NOREPLICAS", "MAXCLIENTS"}
 )
+_MEANINGS = {
+    "NOPERM": "this user lacks a permission the library needs",
+    "OOM": "the server is out of memory and changed nothing",
+}
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.01, 1.0
 _BATCH_LIMIT = 500
 
@@ -100,16 +104,10 @@ def _error(subject: str, failure: Refusal | Lost) -> FlowError:
         error = StorageError(f"{subject}: {failure}")
         error.__cause__ = failure.__cause__
         return error
-    match failure.code:
-        case "WRONGTYPE":
-            return InvalidData(f"{subject}: a key of it holds the wrong kind of value; nothing was changed")
-        case "NOPERM":
-            return StorageError(
-                f"{subject}: this user lacks a permission the library needs: {failure.message}", "NOPERM"
-            )
-        case "OOM":
-            return StorageError(f"{subject}: the server is out of memory and changed nothing: {failure.message}", "OOM")
-    return StorageError(f"{subject}: the server refused: {failure.message}", failure.code)
+    if failure.code == "WRONGTYPE":
+        return InvalidData(f"{subject}: a key of it holds the wrong kind of value; nothing was changed")
+    meaning = _MEANINGS.get(failure.code, "the server refused")
+    return StorageError(f"{subject}: {meaning}: {failure.message}", failure.code)
 
 
 class _Backoff:

@@ -219,8 +219,7 @@ def raise_refusal(
         b"OTHER_OP": lambda: InvalidData(f"flow {flow_id}: op_id {op_id} was used before, for {fact!r}; use a new one"),
         b"CORRUPT": lambda: InvalidData(f"flow {flow_id}, field {fact!r}: stored bytes make no sense"),
     }
-    error = errors[tag]()
-    raise error
+    raise errors[tag]()  # noqa: RSE102 - the parentheses call what makes the error
 
 
 def partition_of(namespace: Namespace, target: Target) -> Partition:

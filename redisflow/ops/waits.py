@@ -133,6 +133,8 @@ def _settled(ending: Transition, outcome: Reply | FlowError) -> Verb | None:
     try:
         if isinstance(outcome, FlowError):
             raise outcome
+        if outcome == [b"OTHER_KEYS"]:  # in another status than it was read in
+            return _LOST
         ending.read(outcome)
     except _LOST_RACES:
         return _LOST
