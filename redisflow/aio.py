@@ -19,6 +19,7 @@ from redisflow.calls import Block, Lost, Op, Packet, Pages, T
 from redisflow.connection import Endpoint, endpoint_of, require_client, url_of
 from redisflow.delivery import deliver
 from redisflow.flow import Flow, FlowEvent, FlowRef, FlowStatus, FlowStep, StepObservation, StepRuntime
+from redisflow.multiplex import MultiplexedWire
 from redisflow.ops import changes, creation, follow, reads, records, rewriting, upkeep
 from redisflow.settings import Settings
 from redisflow.waits import AnyWait
@@ -102,7 +103,7 @@ class AsyncFlowManager:
             if self._wire is None:
                 endpoint = await self._endpoint()
                 settings = self._settings
-                wire = AsyncWire(
+                wire = (MultiplexedWire if endpoint.real_server else AsyncWire)(
                     endpoint, max_connections=settings.max_connections, acquire_timeout_s=settings.deadline_s
                 )
                 self._policy = settings.policy(real_server=endpoint.real_server)

@@ -66,7 +66,7 @@ class StepRuntime(enum.StrEnum):
     MIRRORED = "mirrored"
 
 
-@attrs.frozen
+@attrs.frozen(eq=False)  # each is one constant: looked up by identity
 class Verb:
     """One row of the lifecycle: what the transition script is made from.
 

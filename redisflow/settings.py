@@ -31,7 +31,8 @@ class Settings:
             new one.
         deadline_s: seconds for which a call is tried again before it gives up.
         max_payload_bytes: limit of what one call may store, encoded.
-        max_connections: how many calls may be under way at once; a further one waits.
+        max_connections: how many connections may carry calls at once; a further call waits. In asyncio this is for
+            large calls: small ones share a connection, up to 4,096 at a time.
         allow_eviction: connect even to a server that may evict flows.
     """
 

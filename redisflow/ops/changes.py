@@ -109,9 +109,8 @@ class Transition:
         partition, member, base = partition_of(namespace, target), target.member, target.base
         if change.merge == b"patch" and base is not None and WHOLE_STATE in base.fields:
             change = attrs.evolve(change, merge=b"over")
-        script = TRANSITIONS[verb, None]
-        if self.narrow and base is not None and not base.cancel_requested:
-            script = TRANSITIONS.get((verb, base.status), script)
+        copy_status = base.status if self.narrow and base is not None and not base.cancel_requested else None
+        script = TRANSITIONS.get((verb, copy_status)) or TRANSITIONS[verb, None]
         statuses = script.sources if verb.target is None else (*script.sources, verb.target)
         return Call(
             script.script,

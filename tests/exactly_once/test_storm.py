@@ -256,7 +256,7 @@ async def test_no_task_of_a_storm_of_lost_replies_sees_a_change_missing_doubled_
     ledger, chance = Ledger(), random.Random(2)
     storm = proxy.plan = Storm(direct, ledger, losing_replies(chance))
     async with AsyncFlowManager.from_url(proxy.url, prefix=prefix) as flows, asyncio.TaskGroup() as tasks:
-        for seed in range(125):
+        for seed in range(150):
             tasks.create_task(live_async(flows, life(random.Random(1000 + seed), ledger)))
     audit(direct, ledger)
     assert len(storm.lost) >= 1000
