@@ -101,7 +101,7 @@ def _source_of(call: Call, policy: Policy) -> Source:
 def _error(subject: str, failure: Refusal | Lost) -> FlowError:
     """The error that a refusal or a loss is to the caller."""
     if isinstance(failure, Lost):
-        error = StorageError(f"{subject}: {failure}")
+        error = StorageError(f"{subject}: {failure}" if failure.sent else str(failure))
         error.__cause__ = failure.__cause__
         return error
     if failure.code == "WRONGTYPE":
