@@ -241,7 +241,7 @@ def test_no_thread_of_a_storm_of_lost_replies_sees_a_change_missing_doubled_or_r
     ledger, chance = Ledger(), random.Random(1)
     storm = proxy.plan = Storm(direct, ledger, losing_replies(chance))
     lives = [life(random.Random(seed), ledger) for seed in range(125)]
-    with FlowManager.from_url(proxy.url, prefix=prefix) as flows, ThreadPoolExecutor(8) as pool:
+    with FlowManager.from_url(proxy.url, prefix=prefix, deadline_s=120) as flows, ThreadPoolExecutor(8) as pool:
         for done in [pool.submit(live, flows, script) for script in lives]:
             done.result()
     audit(direct, ledger)
@@ -252,12 +252,21 @@ def test_no_thread_of_a_storm_of_lost_replies_sees_a_change_missing_doubled_or_r
 async def test_no_task_of_a_storm_of_lost_replies_sees_a_change_missing_doubled_or_refused(
     proxy: FaultProxy, direct: FlowManager, prefix: str
 ) -> None:
-    """The same in asyncio."""
+    """The same in asyncio, where a lost connection takes every call in flight with it."""
     ledger, chance = Ledger(), random.Random(2)
     storm = proxy.plan = Storm(direct, ledger, losing_replies(chance))
-    async with AsyncFlowManager.from_url(proxy.url, prefix=prefix) as flows, asyncio.TaskGroup() as tasks:
+    at_once = asyncio.Semaphore(25)
+
+    async def one(flows: AsyncFlowManager, seed: int) -> None:
+        async with at_once:
+            await live_async(flows, life(random.Random(1000 + seed), ledger))
+
+    async with (
+        AsyncFlowManager.from_url(proxy.url, prefix=prefix, deadline_s=120) as flows,
+        asyncio.TaskGroup() as tasks,
+    ):
         for seed in range(150):
-            tasks.create_task(live_async(flows, life(random.Random(1000 + seed), ledger)))
+            tasks.create_task(one(flows, seed))
     audit(direct, ledger)
     assert len(storm.lost) >= 1000
     assert len(storm.moved_on) >= 300
@@ -276,7 +285,7 @@ def test_cut_requests_drops_delays_and_hangs_double_nothing_in_threads(
     ledger, chance = Ledger(), random.Random(3)
     proxy.plan = Storm(direct, ledger, mixed(chance))
     url = f"{proxy.url}?socket_timeout=0.5"
-    with FlowManager.from_url(url, prefix=prefix) as flows, ThreadPoolExecutor(8) as pool:
+    with FlowManager.from_url(url, prefix=prefix, deadline_s=120) as flows, ThreadPoolExecutor(8) as pool:
         lives = [life(random.Random(2000 + seed), ledger) for seed in range(24)]
         for done in [pool.submit(live, flows, script) for script in lives]:
             done.result()
@@ -291,7 +300,7 @@ async def test_cut_requests_drops_delays_and_hangs_double_nothing_in_tasks(
     ledger, chance = Ledger(), random.Random(4)
     proxy.plan = Storm(direct, ledger, mixed(chance))
     url = f"{proxy.url}?socket_timeout=0.5"
-    async with AsyncFlowManager.from_url(url, prefix=prefix) as flows, asyncio.TaskGroup() as tasks:
+    async with AsyncFlowManager.from_url(url, prefix=prefix, deadline_s=120) as flows, asyncio.TaskGroup() as tasks:
         for seed in range(24):
             tasks.create_task(live_async(flows, life(random.Random(3000 + seed), ledger)))
     audit(direct, ledger)
