@@ -12,7 +12,7 @@ def main() -> None:
     except ModuleNotFoundError as missing:
         if missing.name is None or missing.name.partition(".")[0] not in {"click", "rich"}:
             raise
-        print("Error: the command line needs click and rich: pip install 'redisflow[cli]'", file=sys.stderr)  # noqa: T201
+        print("Error: the command line needs click and rich: pip install 'redisflow[cli]'", file=sys.stderr)  # noqa: T201 - click is what is missing
         sys.exit(2)
     sys.exit(run())
 

@@ -453,11 +453,11 @@ def run_demo(server: Server, path: Path | None, files: int, *, keep: bool, as_js
     The flows are on a server of the demo's own, whatever $REDISFLOW_URL says, unless --url names another.
     """
     # What only the demo needs.
-    from redisflow.demo.crew import CrewFailed  # noqa: PLC0415
-    from redisflow.demo.plan import FEWEST_FILES, Plan  # noqa: PLC0415
-    from redisflow.demo.screen import report_document, report_table, screen_for  # noqa: PLC0415
-    from redisflow.demo.sources import standard_library  # noqa: PLC0415
-    from redisflow.demo.stage import NotEmpty, perform  # noqa: PLC0415
+    from redisflow.demo.crew import CrewFailed  # noqa: PLC0415 - only `demo` pays for it
+    from redisflow.demo.plan import FEWEST_FILES, Plan  # noqa: PLC0415 - only `demo` pays for it
+    from redisflow.demo.screen import report_document, report_table, screen_for  # noqa: PLC0415 - only `demo` pays for it
+    from redisflow.demo.sources import standard_library  # noqa: PLC0415 - only `demo` pays for it
+    from redisflow.demo.stage import NotEmpty, perform  # noqa: PLC0415 - only `demo` pays for it
 
     if server.url and server.url.startswith("memory://"):
         raise click.UsageError("memory:// is one process's own; the demo's processes need a server they can share")

@@ -239,7 +239,7 @@ class _Supervisor:  # pragma: no cover - a process of its own, which coverage do
             pass_fds=[alive.fileno()],
             # A record lock survives exec, and the server's own children, which rewrite the append-only file,
             # do not inherit it: it is held just as long as the server lives.
-            preexec_fn=lambda: fcntl.lockf(alive, fcntl.LOCK_EX | fcntl.LOCK_NB),  # noqa: PLW1509
+            preexec_fn=lambda: fcntl.lockf(alive, fcntl.LOCK_EX | fcntl.LOCK_NB),  # noqa: PLW1509 - the supervisor has one thread
         )
 
     def _stop_when_unused(self) -> None:

@@ -44,8 +44,8 @@ class _Stream(asyncio.Protocol):
         self._timeout_s = timeout_s
         # redis-py has no public way to give a connection away: its writer is kept here, because a writer that is
         # collected closes its transport, and taken from it there, because so does a connection.
-        self._writer: asyncio.StreamWriter = connection._writer  # noqa: SLF001
-        connection._reader = connection._writer = None  # noqa: SLF001
+        self._writer: asyncio.StreamWriter = connection._writer  # noqa: SLF001 - see above
+        connection._reader = connection._writer = None  # noqa: SLF001 - see above
         self._transport: Any = self._writer.transport
         self._transport.set_protocol(self)
         self._reader = hiredis.Reader(replyError=_ErrorReply)
