@@ -238,8 +238,9 @@ class _Supervisor:  # pragma: no cover - a process of its own, which coverage do
             [self._binary, *(part for name, value in settings.items() for part in (f"--{name}", value))],
             pass_fds=[alive.fileno()],
             # A record lock survives exec, and the server's own children, which rewrite the append-only file,
-            # do not inherit it: it is held just as long as the server lives.
-            preexec_fn=lambda: fcntl.lockf(alive, fcntl.LOCK_EX | fcntl.LOCK_NB),  # noqa: PLW1509 - the supervisor has one thread
+            # do not inherit it: it is held just as long as the server lives. Unsafe between threads in general, this
+            # one system call is not: the only other thread waits in another.
+            preexec_fn=lambda: fcntl.lockf(alive, fcntl.LOCK_EX | fcntl.LOCK_NB),  # noqa: PLW1509 - see above
         )
 
     def _stop_when_unused(self) -> None:
