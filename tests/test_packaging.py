@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
-# A whole life of a flow, told in DESIGN.md §8's names. Prints what the tests compare.
+# A whole life of a flow in the public names. Prints what the tests compare.
 LIFECYCLE = """
 import json, sys
 from datetime import UTC, datetime, timedelta
