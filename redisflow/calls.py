@@ -101,7 +101,6 @@ class Pause:
     seconds: float
 
 
-Yielded = Call | Batch | Read | Block | Pause
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
 Op = Generator[Any, Any, T]

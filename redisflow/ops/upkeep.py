@@ -71,7 +71,7 @@ def _check_permissions(partition: Partition, meta: bytes) -> Generator[Read, Any
     Raises:
         StorageError: a permission is missing; names the command.
     """
-    member = b"00000000-0000-0000-0000-000000000000"  # no flow of ours has this id
+    member = b"permissions"  # no UUID, so no flow's id
     flow, events, steps = partition.flow(member), partition.events(member), partition.steps(member)
     index = partition.owner(member)
     # Each changes nothing: on keys that do not exist, or, for two, by writing what is there already.
@@ -106,7 +106,12 @@ def _check_permissions(partition: Partition, meta: bytes) -> Generator[Read, Any
 
 
 def _number(namespace: Namespace, text: bytes | None) -> int:
-    if text is None or not text.isdigit() or not 1 <= int(text[:9]) <= MAX_PARTITIONS:
+    if (
+        text is None
+        or not text.isdigit()
+        or len(text) > len(str(MAX_PARTITIONS))
+        or not 1 <= int(text) <= MAX_PARTITIONS
+    ):
         raise InvalidData(f"namespace {namespace.prefix!r}: {meta_key(namespace.prefix)} is damaged")
     return int(text)
 

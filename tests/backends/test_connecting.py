@@ -5,10 +5,11 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
+from uuid import UUID
 
 import pytest
 
-from redisflow import InvalidData, LayoutMismatch, StorageError
+from redisflow import InvalidData, LayoutMismatch, StepObservation, StorageError
 from redisflow.calls import Command
 from redisflow.ops import upkeep
 from redisflow.ops.namespace import Namespace
@@ -118,7 +119,13 @@ def test_a_namespace_says_how_it_is_laid_out(real_subject: Subject) -> None:
 
 @pytest.mark.parametrize(
     "meta",
-    [{"layout": "1", "partitions": "x"}, {"layout": "1"}, {"partitions": "16"}, {"layout": "1", "partitions": "1025"}],
+    [
+        {"layout": "1", "partitions": "x"},
+        {"layout": "1"},
+        {"partitions": "16"},
+        {"layout": "1", "partitions": "1025"},
+        {"layout": "1", "partitions": "000000001999"},
+    ],
     ids=str,
 )
 def test_a_damaged_namespace_is_named(real_subject: Subject, meta: dict[FieldT, EncodableT]) -> None:
@@ -126,3 +133,15 @@ def test_a_damaged_namespace_is_named(real_subject: Subject, meta: dict[FieldT, 
     real_subject.raw.hset(f"{real_subject.prefix}:meta", mapping=meta)
     with pytest.raises(InvalidData, match=f"{real_subject.prefix}:meta"):
         real_subject.manager().connect()
+
+
+def test_connecting_touches_no_flow_whatever_its_id(real_subject: Subject) -> None:
+    """What is tried at connect is tried on keys that no flow can have, the all-zero UUID's included."""
+    flows = real_subject.manager()
+    identity = {"controller_id": "c", "goal": "g", "owner_session_key": "o", "requester_origin": "r"}
+    flow = flows.create_mirrored(**identity, flow_id=UUID(int=0))
+    flows.record_step_observation(StepObservation(flow.id, "run", "task", "running"))
+    real_subject.manager().connect()
+    assert flows.get(flow.id) == flow
+    assert len(flows.list_events(flow.id)) == 3
+    assert len(flows.list_steps(flow.id)) == 1
