@@ -26,7 +26,7 @@ from rich.table import Table
 from benchmarks.measure import Plan, Row
 from benchmarks.server import Server, serving
 
-TOPICS = ("transition_cpu", "sync_rate", "contention", "scale")
+TOPICS = ("transition_cpu", "sync_rate", "asyncio_rate", "contention", "scale")
 _LEAST_REPEATS = 5
 _RESULTS = Path(__file__).parent / "results"
 _PROFILED_CALLS = 20_000

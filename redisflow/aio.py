@@ -7,7 +7,7 @@ in a script, once. `redisflow.manager.FlowManager` has the same names and argume
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping
 from datetime import datetime, timedelta
 from typing import Any, Self
 from uuid import UUID
@@ -17,12 +17,16 @@ import redis.asyncio
 from redisflow.aio_wire import AsyncWire
 from redisflow.calls import Block, Lost, Op, Packet, Pages, T
 from redisflow.connection import Endpoint, endpoint_of, require_client, url_of
-from redisflow.delivery import deliver
+from redisflow.delivery import Step, deliver
 from redisflow.flow import Flow, FlowEvent, FlowRef, FlowStatus, FlowStep, StepObservation, StepRuntime
-from redisflow.multiplex import MultiplexedWire
 from redisflow.ops import changes, creation, follow, reads, records, rewriting, upkeep
 from redisflow.settings import Settings
 from redisflow.waits import AnyWait
+
+try:
+    from redisflow.multiplex import MultiplexedWire
+except ImportError:  # it is made of hiredis, for which this machine has no wheel
+    MultiplexedWire = AsyncWire  # type: ignore[assignment, misc]  # the same, a connection for each packet
 
 
 class AsyncFlowManager:
@@ -65,18 +69,25 @@ class AsyncFlowManager:
 
     # --- carrying out operations ---
 
-    async def perform(self, op: Op[T]) -> T:
+    def perform(self, op: Op[T]) -> Coroutine[Any, Any, T]:
         """Carry out an operation of `redisflow.ops`, and return what it returns."""
-        return await self._drive(self._wire or await self.connect(), op)
+        wire = self._wire
+        return self._connect_and_drive(op) if wire is None else self._drive(wire, op)
+
+    async def _connect_and_drive(self, op: Op[T]) -> T:
+        return await self._drive(await self.connect(), op)
 
     async def _drive(self, wire: AsyncWire, op: Op[T]) -> T:
         steps = deliver(op, self._policy)
+        step: Step | None
         try:
             step = next(steps)
             while True:
                 try:
                     if isinstance(step, Packet):
-                        reply: Any = await wire.exchange(step)
+                        exchanged = wire.exchange(step)
+                        step = None  # sent by now: of thousands that wait, none keeps what it sent
+                        reply: Any = await exchanged
                     elif isinstance(step, Block):
                         reply = await wire.block(step)
                     else:

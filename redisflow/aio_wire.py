@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import time
 from collections import deque
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -54,7 +55,7 @@ class AsyncWire:
         else:
             await self._slots.acquire()
         try:
-            return await self._exchange_over(self._idle, packet.commands)
+            return await self._exchange_over(self._idle, packet.commands, packet.until_s)
         finally:
             self._slots.release()
 
@@ -81,7 +82,7 @@ class AsyncWire:
             await asyncio.to_thread(self._endpoint.lease.close)
 
     def _require_own_loop(self) -> None:
-        if os.getpid() != self._pid or asyncio.get_running_loop() is not self._loop:
+        if asyncio.get_running_loop() is not self._loop or os.getpid() != self._pid:
             raise StorageError(
                 "this AsyncFlowManager belongs to another event loop or process: make one manager per event loop"
             )
@@ -91,10 +92,13 @@ class AsyncWire:
         while idle:
             await idle.pop().connection.disconnect(nowait=True)
 
-    async def _exchange_over(self, idle: deque[Line], commands: Sequence[Sequence[bytes]]) -> list[Reply]:
+    async def _exchange_over(
+        self, idle: deque[Line], commands: Sequence[Sequence[bytes]], until_s: float | None = None
+    ) -> list[Reply]:
         line = idle.pop() if idle else await self._open()
         try:
-            replies = await _roundtrip(line.connection, commands)
+            async with asyncio.timeout(None if until_s is None else until_s - time.monotonic()):
+                replies = await _roundtrip(line.connection, commands)
         except BaseException as error:
             # Cancelled or lost, it has an unread reply: the connection must not be used again.
             await line.connection.disconnect(nowait=True)
@@ -121,7 +125,7 @@ class AsyncWire:
 
 
 async def _roundtrip(connection: Any, commands: Sequence[Sequence[bytes]]) -> list[Reply]:
-    await connection.send_packed_command(packed(commands))
+    await connection.send_packed_command([packed(commands)])
     replies: list[Reply] = []
     for _ in commands:
         try:

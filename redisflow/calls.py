@@ -15,12 +15,12 @@ if TYPE_CHECKING:
     from uuid import UUID
 
     from redisflow.keys import Partition
-    from redisflow.scripts import Script
+    from redisflow.scripts import Script, Source
 
 Reply = Any
 
 
-@attrs.frozen(eq=False)
+@attrs.define(eq=False)  # not frozen: that takes three times as long to make, and every operation makes one
 class Call:
     """One run of a script.
 
@@ -46,14 +46,16 @@ class Call:
         """What it is about, for errors."""
         return f"flow {self.flow_id}"
 
-    def argv(self, span_ms: int | None = None) -> Sequence[bytes]:
-        """The ARGV of a first attempt, or of a resend `span_ms` milliseconds after it."""
+    def command(self, source: Source, span_ms: int | None = None, *, text: bool = False) -> tuple[bytes, ...]:
+        """The command of a first attempt, or of a resend `span_ms` milliseconds after it."""
         conditions = b""
         if span_ms is not None:
             conditions = b"%b%d|%b" % (self.look, span_ms, self.expected)
         elif self.look or self.expected:
             conditions = b"%b|%b" % (self.look, self.expected)
-        return (self.op_id.encode(), conditions, *self.args)
+        keys = self.keys
+        how = (b"EVAL", source.text) if text else (b"EVALSHA", source.sha)
+        return (*how, b"%d" % len(keys), *keys, self.op_id.encode(), conditions, *self.args)
 
 
 @attrs.frozen(eq=False)
@@ -123,10 +125,15 @@ class Pages(Protocol[T_co]):
 
 
 class Packet(NamedTuple):
-    """Commands for one node, written at once. Resumed with one reply each; an error reply is a `Refusal`."""
+    """Commands for one node, written at once. Resumed with one reply each; an error reply is a `Refusal`.
+
+    Attributes:
+        until_s: monotonic seconds: when who sends it waits no longer.
+    """
 
     slot: int | None
     commands: Sequence[Sequence[bytes]]
+    until_s: float
 
 
 @attrs.frozen

@@ -7,6 +7,7 @@ value of another type begins with a digit or `-`, so the first byte tells them a
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, Final
@@ -23,6 +24,7 @@ MAX_DEPTH: Final = 64
 INT64_MIN: Final = -(2**63)
 INT64_MAX: Final = 2**63 - 1
 _MIN_DATETIME, _MAX_DATETIME = datetime.min.replace(tzinfo=UTC), datetime.max.replace(tzinfo=UTC)
+_SMALL = 2**63
 _INTEGER_STARTS = frozenset(b"-0123456789")
 
 WHOLE_STATE: Final = b"s"
@@ -31,6 +33,15 @@ STATE_PREFIX: Final = b"s:"
 
 class _Refused(Exception):
     """What is wrong with a value, and the path to it."""
+
+    def __init__(self, reason: str, *path: object) -> None:
+        super().__init__(reason, *path)
+        self.reason = reason
+        self.path = path
+
+    def inside(self, where: object) -> _Refused:
+        """The same, of a value that holds the refused one."""
+        return _Refused(self.reason, where, *self.path)
 
 
 def _plain(value: Any, room: int) -> Any:  # noqa: C901, PLR0911 - one case and return per type
@@ -51,12 +62,34 @@ def _plain(value: Any, room: int) -> Any:  # noqa: C901, PLR0911 - one case and 
         case dict() | list() | tuple() | Mapping() if room == 0:
             raise _Refused(f"nesting deeper than {MAX_DEPTH} levels")
         case dict() | Mapping():
-            return {_key(key): _inside(repr(key), item, room - 1) for key, item in value.items()}
+            return _plain_mapping(value, room - 1)
         case list() | tuple():
-            return [_inside(index, item, room - 1) for index, item in enumerate(value)]
+            return _plain_sequence(value, room - 1)
         case datetime():
             return _instant(value)
     raise _Refused(f"a {type(value).__name__}, which cannot be stored")
+
+
+def _plain_mapping(mapping: Mapping[object, object], room: int) -> dict[str, Any]:
+    made = {}
+    for key, value in mapping.items():
+        if not isinstance(key, str):
+            raise _Refused(f"a mapping with the key {key!r}; keys must be strings")
+        try:
+            made[_text(key)] = _plain(value, room)
+        except _Refused as refused:
+            raise refused.inside(key) from None
+    return made
+
+
+def _plain_sequence(sequence: Sequence[object], room: int) -> list[Any]:
+    made = []
+    for index, value in enumerate(sequence):
+        try:
+            made.append(_plain(value, room))
+        except _Refused as refused:
+            raise refused.inside(index) from None
+    return made
 
 
 def _text(value: str) -> str:
@@ -68,26 +101,12 @@ def _text(value: str) -> str:
     return value
 
 
-def _key(key: object) -> str:
-    if not isinstance(key, str):
-        raise _Refused(f"a mapping with the key {key!r}; keys must be strings")
-    return _text(key)
-
-
 def _instant(value: datetime) -> datetime:
     if value.utcoffset() is None:
         raise _Refused("a naive datetime; give it a time zone")
     if not _MIN_DATETIME <= value <= _MAX_DATETIME:
         raise _Refused("a datetime beyond the years 1 to 9999 in UTC")
     return value
-
-
-def _inside(where: object, value: Any, room: int) -> Any:
-    try:
-        return _plain(value, room)
-    except _Refused as refused:
-        reason, *path = refused.args
-        raise _Refused(reason, where, *path) from None
 
 
 def plain(what: str, value: Any) -> Any:
@@ -104,22 +123,55 @@ def plain(what: str, value: Any) -> Any:
     try:
         return _plain(value, MAX_DEPTH)
     except _Refused as refused:
-        reason, *path = refused.args
-        where = "".join(f"[{step}]" for step in path)
-        raise InvalidData(f"{what}{where} holds {reason}") from None
+        where = "".join(f"[{step!r}]" for step in refused.path)
+        raise InvalidData(f"{what}{where} holds {refused.reason}") from None
+
+
+class _Packer(threading.local):
+    """A packer for each thread: to make one costs more than to use it, and it has a buffer of its own."""
+
+    def __init__(self) -> None:
+        self.pack: Callable[[Any], bytes] = msgpack.Packer(datetime=True).pack
+
+
+_packer = _Packer()
 
 
 def pack_plain(value: Any) -> bytes:
     """Encode a plain value as msgpack, integers included."""
-    packed: bytes = msgpack.packb(value, datetime=True)
-    return packed
+    return _packer.pack(value)
 
 
 def encode_plain(value: Any) -> bytes:
     """Encode a plain value as one field: integers as decimal text, all else as msgpack."""
-    if isinstance(value, int) and not isinstance(value, bool):
-        return b"%d" % value
-    return pack_plain(value)
+    return b"%d" % value if type(value) is int else _packer.pack(value)
+
+
+def plain_fields(what: str, mapping: Mapping[Any, Any]) -> tuple[dict[str, Any], dict[bytes, bytes]]:
+    """Make a mapping plain, and encode each entry as the state field of its name.
+
+    Raises:
+        InvalidData: as `plain` does.
+    """
+    values, fields = {}, {}
+    pack = _packer.pack
+    for name, value in mapping.items():
+        kind = type(value)
+        # Most entries are a name with a text or an integer: told apart here, they cost no further call.
+        if type(name) is not str or not name.isascii():
+            encoded = None
+        elif kind is int and -_SMALL < value < _SMALL:
+            encoded = b"%d" % value
+        elif kind is str and value.isascii():
+            encoded = pack(value)
+        else:
+            encoded = None
+        if encoded is None:
+            [(name, value)] = plain(what, {name: value}).items()  # noqa: PLW2901 - what it was is of no more use
+            encoded = encode_plain(value)
+        values[name] = value
+        fields[STATE_PREFIX + name.encode()] = encoded
+    return values, fields
 
 
 def pack(what: str, value: Any) -> bytes:
@@ -209,7 +261,7 @@ _DECODERS: dict[str, Callable[[bytes], Any]] = {
 _STATUSES = {status.value.encode(): status for status in FlowStatus}
 
 
-@attrs.frozen(eq=False)
+@attrs.define(eq=False)  # not frozen, though nothing changes one: every operation makes one, and it takes longer
 class StoredFlow:
     """The hash of a flow as the server has it; decodes what is asked for."""
 

@@ -27,6 +27,7 @@ _MEANINGS = {
     "OOM": "the server is out of memory and changed nothing",
 }
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.01, 1.0
+_LEAST_WAIT_S = 1.0  # for what an attempt comes to, however near the deadline it began
 _BATCH_LIMIT = 500
 
 Step = Packet | Block | Pause
@@ -62,11 +63,9 @@ class _Attempts:
 
     def command(self, now_s: float) -> Sequence[bytes]:
         """The command to send at `now_s`."""
-        call = self._call
         span_ms = None if self._first_s is None else int((now_s - self._first_s) * 1000) + 1
         # After NOSCRIPT, the text: one round trip, and the server keeps it.
-        how = (b"EVAL", self._source.text) if self._text else (b"EVALSHA", self._source.sha)
-        return (*how, b"%d" % len(call.keys), *call.keys, *call.argv(span_ms))
+        return self._call.command(self._source, span_ms, text=self._text)
 
     def note(self, answer: Reply | Refusal | Lost, sent_s: float) -> bool:
         """Take in what came of a packet sent at `sent_s`. Returns whether to send again at once."""
@@ -98,6 +97,10 @@ def _source_of(call: Call, policy: Policy) -> Source:
     return call.script.plain if policy.plain_scripts else call.script.source
 
 
+def _first_command(call: Call, policy: Policy) -> Sequence[bytes]:
+    return call.command(call.script.plain if policy.plain_scripts else call.script.source)
+
+
 def _error(subject: str, failure: Refusal | Lost) -> FlowError:
     """The error that a refusal or a loss is to the caller."""
     if isinstance(failure, Lost):
@@ -113,16 +116,16 @@ def _error(subject: str, failure: Refusal | Lost) -> FlowError:
 class _Backoff:
     """When to try again, and when no more."""
 
-    __slots__ = ("_bound_s", "_policy", "_until_s")
+    __slots__ = ("_bound_s", "_policy", "until_s")
 
     def __init__(self, policy: Policy, since_s: float) -> None:
         self._policy = policy
-        self._until_s = since_s + policy.deadline_s
+        self.until_s = since_s + policy.deadline_s
         self._bound_s = _FIRST_PAUSE_S
 
     def next_pause(self) -> Pause | None:
         """The wait before the next attempt, with jitter; `None` when the deadline leaves no room."""
-        left_s = self._until_s - self._policy.clock()
+        left_s = self.until_s - self._policy.clock()
         if left_s <= 0:
             return None
         pause_s = random.uniform(self._bound_s / 2, self._bound_s)  # noqa: S311 - spreads load, guards nothing
@@ -164,27 +167,17 @@ def _insist(
         sent_s = policy.clock()
         # What is still on its way over a lost connection must not run behind its own resend.
         kills = [(b"CLIENT", b"KILL", b"ID", b"%d" % client_id) for client_id in sorted(lost_connections)]
-        packet = Packet(calls[0].slot, [*kills, *(attempt.command(sent_s) for attempt in pending)])
+        commands = [*kills, *(attempt.command(sent_s) for attempt in pending)]
+        packet = Packet(calls[0].slot, commands, max(backoff.until_s, sent_s + _LEAST_WAIT_S))
         answers = (yield from _send(packet))[len(kills) :]
-
-
-def _first_command(call: Call, policy: Policy) -> Sequence[bytes]:
-    return (b"EVALSHA", _source_of(call, policy).sha, b"%d" % len(call.keys), *call.keys, *call.argv())
 
 
 _TROUBLES = (Refusal, Lost)
 
 
-def _deliver_one(call: Call, policy: Policy) -> Generator[Step, Any, Reply]:
-    sent_s = policy.clock()
-    answer: Reply | Refusal | Lost
-    try:
-        (answer,) = yield Packet(call.slot, (_first_command(call, policy),))
-    except Lost as lost:
-        answer = lost
-    if type(answer) not in _TROUBLES:
-        return answer
-    (outcome,) = yield from _insist((call,), (answer,), sent_s, policy)
+def _rescue(call: Call, trouble: Refusal | Lost, sent_s: float, policy: Policy) -> Generator[Step, Any, Reply]:
+    """Settle a call whose first attempt was not answered."""
+    (outcome,) = yield from _insist((call,), (trouble,), sent_s, policy)
     if isinstance(outcome, FlowError):
         raise outcome from outcome.__cause__
     return outcome
@@ -195,7 +188,8 @@ def _deliver_batch(batch: Batch, policy: Policy) -> Generator[Step, Any, list[Re
     for start in range(0, len(batch.calls), _BATCH_LIMIT):
         calls = batch.calls[start : start + _BATCH_LIMIT]
         sent_s = policy.clock()
-        answers = yield from _send(Packet(calls[0].slot, [_first_command(call, policy) for call in calls]))
+        commands = [_first_command(call, policy) for call in calls]
+        answers = yield from _send(Packet(calls[0].slot, commands, sent_s + policy.deadline_s))
         troubled = [n for n, answer in enumerate(answers) if type(answer) in _TROUBLES]
         merged = dict(enumerate(answers))
         if troubled:
@@ -209,7 +203,8 @@ def _deliver_read(read: Read, policy: Policy) -> Generator[Step, Any, list[Reply
     replies: list[Reply] = []
     for start in range(0, len(read.commands), _BATCH_LIMIT):
         commands = read.commands[start : start + _BATCH_LIMIT]
-        packet = Packet(commands[0].slot, [command.args for command in commands])
+        until_s = policy.clock() + policy.deadline_s
+        packet = Packet(commands[0].slot, [command.args for command in commands], until_s)
         replies += yield from _ask(packet, _naming(commands[0].args), policy, insist=read.insist)
     for n, reply in enumerate(replies):
         if isinstance(reply, Refusal):
@@ -253,6 +248,8 @@ def _ask(
             error = _error(subject, failure)
             raise error from error.__cause__
         yield pause
+        if isinstance(step, Packet):
+            step = step._replace(until_s=max(step.until_s, policy.clock() + _LEAST_WAIT_S))
 
 
 def _deliver_pause(pause: Pause, _: Policy) -> Generator[Step, Any, None]:
@@ -260,7 +257,6 @@ def _deliver_pause(pause: Pause, _: Policy) -> Generator[Step, Any, None]:
 
 
 _DELIVER: dict[type, Callable[..., Generator[Step, Any, Any]]] = {
-    Call: _deliver_one,
     Batch: _deliver_batch,
     Read: _deliver_read,
     Block: _deliver_block,
@@ -270,11 +266,23 @@ _DELIVER: dict[type, Callable[..., Generator[Step, Any, Any]]] = {
 
 def deliver(op: Op[T], policy: Policy) -> Generator[Step, Any, T]:
     """Drive an operation to its end, delivering what it yields."""
+    clock = policy.clock
     try:
         wanted = next(op)
         while True:
             try:
-                reply = yield from _DELIVER[type(wanted)](wanted, policy)
+                if type(wanted) is Call:  # by far the most: the first attempt has no generator of its own
+                    sent_s = clock()
+                    try:
+                        (reply,) = yield Packet(
+                            wanted.slot, (_first_command(wanted, policy),), sent_s + policy.deadline_s
+                        )
+                    except Lost as lost:
+                        reply = lost
+                    if type(reply) in _TROUBLES:
+                        reply = yield from _rescue(wanted, reply, sent_s, policy)
+                else:
+                    reply = yield from _DELIVER[type(wanted)](wanted, policy)
             except FlowError as error:
                 wanted = op.throw(error)
             else:

@@ -56,7 +56,11 @@ def meta_key(prefix: str) -> str:
 
 @attrs.frozen(eq=False)
 class Partition:
-    """The key names of one partition. `owner` names arrive encoded, checked by the caller."""
+    """The key names of one partition. `owner` names arrive encoded, checked by the caller.
+
+    Attributes:
+        index_keys: what each script was given of them before.
+    """
 
     number: int
     tag: str
@@ -68,6 +72,7 @@ class Partition:
     _steps: bytes = attrs.field(repr=False)
     _owner: bytes = attrs.field(repr=False)
     _statuses: dict[FlowStatus, bytes] = attrs.field(repr=False)
+    index_keys: dict[object, tuple[bytes, ...]] = attrs.field(factory=dict, repr=False)
 
     @classmethod
     def named(cls, prefix: str, number: int, partitions: int) -> Partition:

@@ -7,15 +7,17 @@ A task that awaits its reply costs a future and no lock, and packets of concurre
 from __future__ import annotations
 
 import asyncio
+import math
+import time
 from collections import deque
-from collections.abc import Awaitable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Awaitable
+from typing import TYPE_CHECKING, Any
 
 import hiredis
 
 from redisflow.aio_wire import AsyncWire
 from redisflow.calls import Lost, Packet, Reply
-from redisflow.wire import no_reply, packed, refusal_of
+from redisflow.wire import no_reply, pack_command, packed, refusal_of
 
 if TYPE_CHECKING:
     from redisflow.connection import Endpoint
@@ -24,17 +26,11 @@ if TYPE_CHECKING:
 _LARGE_BYTES, _LARGE_COMMANDS = 64 * 1024, 64
 # Packets under way on one connection; a further caller waits.
 _MAX_UNDER_WAY = 4096
+_WRITE_PACKETS = 16
+_READ_BYTES = 256 * 1024
 
 
-class _Pending(NamedTuple):
-    """A packet whose replies have not all come."""
-
-    future: asyncio.Future[list[Reply]]
-    wanted: int
-    sent_s: float
-
-
-class _Stream(asyncio.Protocol):
+class _Stream(asyncio.BufferedProtocol):
     """The bytes of one connection, from when redis-py has opened it."""
 
     def __init__(self, connection: Any, client_id: int | None, timeout_s: float) -> None:
@@ -48,89 +44,75 @@ class _Stream(asyncio.Protocol):
         connection._reader = connection._writer = None  # noqa: SLF001 - see above
         self._transport: Any = self._writer.transport
         self._transport.set_protocol(self)
+        self._buffer = bytearray(_READ_BYTES)
         self._reader = hiredis.Reader(replyError=_ErrorReply)
         self._unsent: list[bytes] = []
-        self._pending: deque[_Pending] = deque()
+        self._lately_under_way, self._write_at = 0, _WRITE_PACKETS
+        # What is under way: whom to tell, how many replies make up the answer, and until when it may take.
+        self._pending: deque[tuple[asyncio.Future[list[Reply]], int, float]] = deque()
         self._replies: list[Reply] = []
         self._room: asyncio.Event = asyncio.Event()
         self._room.set()
         self._may_write = True
+        self._heard_s = 0.0  # when the server last answered, or began to owe an answer
+        self._watch_at_s = math.inf
         self._watchdog: asyncio.TimerHandle | None = None
+        self.open = True  # whether it takes packets at once
         self.lost: Exception | None = None
-
-    @property
-    def open(self) -> bool:
-        """Whether it takes packets at once."""
-        return self.lost is None and self._room.is_set()
 
     async def room(self) -> None:
         """Wait until it takes packets, or is lost."""
         await self._room.wait()
 
-    def send(self, commands: Sequence[Sequence[bytes]]) -> asyncio.Future[list[Reply]]:
-        """Queue a packet for this turn of the loop."""
+    def send(self, data: bytes, wanted: int, until_s: float) -> asyncio.Future[list[Reply]]:
+        """Queue a packet for this turn of the loop: its bytes, the number of its replies, its deadline."""
         future: asyncio.Future[list[Reply]] = self._loop.create_future()
+        if not self._pending:
+            self._heard_s = time.monotonic()
+            self._watch_by(self._heard_s + self._timeout_s)
+        if until_s < self._watch_at_s:
+            self._watch_by(until_s)
+        self._pending.append((future, wanted, until_s))
         if not self._unsent:
             self._loop.call_soon(self._flush)
-        self._unsent += packed(commands)
-        self._pending.append(_Pending(future, len(commands), self._loop.time()))
-        if self._watchdog is None:
-            self._watchdog = self._loop.call_later(self._timeout_s, self._watch)
+        self._unsent.append(data)
+        if len(self._unsent) >= self._write_at:
+            self._flush()
         if len(self._pending) >= _MAX_UNDER_WAY:
-            self._room.clear()
+            self._close_door()
         return future
 
     def _flush(self) -> None:
         if self.lost is None and self._unsent:
             self._transport.write(b"".join(self._unsent))
         self._unsent.clear()
+        under_way = self._lately_under_way = max(len(self._pending), self._lately_under_way * 7 // 8)
+        self._write_at = max(_WRITE_PACKETS, under_way // 2)
 
-    def _watch(self) -> None:
-        """Give the connection up when its oldest packet has waited for the whole socket timeout."""
-        self._watchdog = None
-        if not self._pending:
-            return
-        left_s = self._pending[0].sent_s + self._timeout_s - self._loop.time()
-        if left_s > 0:
-            self._watchdog = self._loop.call_later(left_s, self._watch)
-        else:
-            self.lose(TimeoutError(f"nothing came for {self._timeout_s} s"))
+    # --- what comes back ---
 
-    def data_received(self, data: bytes) -> None:
+    def get_buffer(self, _: int) -> bytearray:
+        """Where to put what comes."""
+        return self._buffer
+
+    def buffer_updated(self, received: int) -> None:
         """Hand replies to the packets they belong to; those of a cancelled caller to nobody."""
-        self._reader.feed(data)
+        self._heard_s = time.monotonic()
+        pending, replies, gets = self._pending, self._replies, self._reader.gets
         try:
-            while self._pending:
-                reply = self._reader.gets()
-                if reply is False:
-                    break
-                self._take(reply)
+            self._reader.feed(self._buffer, 0, received)  # type: ignore[arg-type]  # its stub is off
+            while pending and (reply := gets()) is not False:
+                replies.append(refusal_of(reply) if type(reply) is _ErrorReply else reply)
+                future, wanted, _ = pending[0]
+                if len(replies) == wanted:
+                    pending.popleft()
+                    if not future.done():
+                        future.set_result(replies)
+                    self._replies = replies = []
         except hiredis.ProtocolError as error:
             self.lose(error)
-
-    def _take(self, reply: Reply) -> None:
-        self._replies.append(refusal_of(reply) if isinstance(reply, _ErrorReply) else reply)
-        future, wanted, _ = self._pending[0]
-        if len(self._replies) == wanted:
-            self._pending.popleft()
-            if not future.done():
-                future.set_result(self._replies)
-            self._replies = []
-            self._make_room()
-
-    def _make_room(self) -> None:
-        if self._may_write and len(self._pending) < _MAX_UNDER_WAY:
-            self._room.set()
-
-    def pause_writing(self) -> None:
-        """Have callers wait: the server takes bytes more slowly than they come."""
-        self._may_write = False
-        self._room.clear()
-
-    def resume_writing(self) -> None:
-        """Let callers go on."""
-        self._may_write = True
-        self._make_room()
+        if not self.open:
+            self._open_door()
 
     def eof_received(self) -> None:
         """Let the transport close: the server has."""
@@ -139,20 +121,74 @@ class _Stream(asyncio.Protocol):
         """Tell every caller in flight."""
         self.lose(error or ConnectionError("the server closed the connection"))
 
+    # --- back-pressure ---
+
+    def pause_writing(self) -> None:
+        """Have callers wait: the server takes bytes more slowly than they come."""
+        self._may_write = False
+        self._close_door()
+
+    def resume_writing(self) -> None:
+        """Let callers go on."""
+        self._may_write = True
+        self._open_door()
+
+    def _close_door(self) -> None:
+        self.open = False
+        if self.lost is None:
+            self._room.clear()
+
+    def _open_door(self) -> None:
+        if self.lost is None and self._may_write and len(self._pending) < _MAX_UNDER_WAY:
+            self.open = True
+            self._room.set()
+
+    # --- deadlines ---
+
+    def _watch_by(self, at_s: float) -> None:
+        if at_s < self._watch_at_s:
+            if self._watchdog is not None:
+                self._watchdog.cancel()
+            self._watch_at_s = at_s
+            self._watchdog = self._loop.call_later(max(0.0, at_s - time.monotonic()), self._watch)
+
+    def _watch(self) -> None:
+        """Settle what is overdue, and give the connection up when the server says nothing for the socket timeout."""
+        self._watchdog, self._watch_at_s = None, math.inf
+        if not self._pending:
+            return
+        now_s = time.monotonic()
+        if now_s >= self._heard_s + self._timeout_s:
+            self.lose(TimeoutError(f"nothing came for {self._timeout_s} s"))
+            return
+        self._watch_by(self._heard_s + self._timeout_s)
+        for future, _, until_s in self._pending:
+            if future.done():
+                continue
+            if now_s >= until_s:
+                _tell(future, no_reply(TimeoutError("the deadline passed"), self._client_id))
+            else:
+                self._watch_by(until_s)
+
     def lose(self, error: Exception) -> None:
         """Close, and settle what is under way as lost: it may have been executed."""
         if self.lost is not None:
             return
         self.lost = error
+        self.open = False
         if self._watchdog is not None:
             self._watchdog.cancel()
         self._transport.abort()
         for future, _, _ in self._pending:
             if not future.done():
-                future.set_exception(no_reply(error, self._client_id))
-                future.exception()  # retrieved: a caller that is gone by now is no cause for complaint
+                _tell(future, no_reply(error, self._client_id))
         self._pending.clear()
         self._room.set()
+
+
+def _tell(future: asyncio.Future[Any], lost: Lost) -> None:
+    future.set_exception(lost)
+    future.exception()  # retrieved: a caller that is gone by now is no cause for complaint
 
 
 class _ErrorReply(Exception):
@@ -173,29 +209,33 @@ class MultiplexedWire(AsyncWire):
         self._require_own_loop()
         if self._closed:
             raise Lost("the manager was closed", sent=False, lasting=True)
-        if _is_large(packet.commands):
+        _, commands, until_s = packet
+        if len(commands) > _LARGE_COMMANDS:
+            return super().exchange(packet)
+        data = pack_command(commands[0]) if len(commands) == 1 else packed(commands)
+        if len(data) > _LARGE_BYTES:
             return super().exchange(packet)
         stream = self._stream
         if stream is not None and stream.open:
-            return stream.send(packet.commands)
-        return self._exchange_when_open(packet)
+            return stream.send(data, len(commands), until_s)
+        return self._exchange_when_open(data, len(commands), until_s)
 
-    async def _exchange_when_open(self, packet: Packet) -> list[Reply]:
-        try:
-            async with asyncio.timeout(self._acquire_timeout_s):
-                stream = await self._opened()
-        except TimeoutError:
-            raise Lost(f"the connection stayed busy for {self._acquire_timeout_s} s", sent=False) from None
-        return await stream.send(packet.commands)
+    async def _exchange_when_open(self, data: bytes, wanted: int, until_s: float) -> list[Reply]:
+        stream = await self._opened(until_s)
+        return await stream.send(data, wanted, until_s)
 
-    async def _opened(self) -> _Stream:
+    async def _opened(self, until_s: float) -> _Stream:
         while True:
             async with self._opening:
                 if self._stream is None or self._stream.lost is not None:
                     line = await self._open()
                     self._stream = _Stream(line.connection, line.client_id, self._endpoint.socket_timeout_s)
                 stream = self._stream
-            await stream.room()
+            try:
+                async with asyncio.timeout(until_s - time.monotonic()):
+                    await stream.room()
+            except TimeoutError:
+                raise Lost("the connection stayed busy until the deadline", sent=False) from None
             if stream.open:  # or all who waited would go in at once
                 return stream
 
@@ -204,7 +244,3 @@ class MultiplexedWire(AsyncWire):
         if self._stream is not None:
             self._stream.lose(ConnectionError("closed by its manager"))
         await super().close()
-
-
-def _is_large(commands: Sequence[Sequence[bytes]]) -> bool:
-    return len(commands) > _LARGE_COMMANDS or sum(map(len, commands[0])) > _LARGE_BYTES

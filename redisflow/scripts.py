@@ -15,6 +15,7 @@ from pathlib import Path
 import attrs
 
 from redisflow.flow import REWRITES, TERMINAL, VERBS, FlowStatus, Verb
+from redisflow.keys import Partition
 
 ALLOW_OOM = "allow-oom"
 
@@ -103,6 +104,15 @@ class TransitionScript:
     touches_waits: bool
     script: Script
 
+    def keys(self, partition: Partition, member: bytes) -> tuple[bytes, ...]:
+        """The KEYS for a flow."""
+        indexes = partition.index_keys.get(self)
+        if indexes is None:
+            statuses = self.sources if self.verb.target is None else (*self.sources, self.verb.target)
+            waits = (partition.due, partition.waiters) if self.touches_waits else ()
+            indexes = partition.index_keys[self] = (*map(partition.status, statuses), *waits)
+        return (partition.flow(member), partition.events(member), *indexes)
+
     @classmethod
     def load(cls, verb: Verb, copy_status: FlowStatus | None) -> TransitionScript:
         """Load lua/transition.lua behind the verb's prelude."""
@@ -143,9 +153,9 @@ def _prelude(
     return f"local {', '.join(bindings)} =\n  {', '.join(bindings.values())}\n"
 
 
-# By verb and the status of the caller's copy, where it is one the verb may start from.
+# By verb and the status of the caller's copy as it is stored, where it is one the verb may start from.
 TRANSITIONS = {
-    (verb, copy_status): TransitionScript.load(verb, copy_status)
+    (verb, copy_status and copy_status.encode()): TransitionScript.load(verb, copy_status)
     for verb in (*VERBS, *REWRITES.values())
     for copy_status in (*verb.sources, None)
 }

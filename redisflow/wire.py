@@ -6,14 +6,24 @@ import os
 import ssl
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from hiredis import pack_command
 from redis import exceptions as client_errors
 
 from redisflow.calls import Block, Lost, Packet, Refusal, Reply
+
+try:
+    import hiredis
+
+    pack_command: Callable[[Any], bytes] = hiredis.pack_command
+except ImportError:  # no wheel for this machine: redis-py then reads replies in Python, too
+
+    def pack_command(command: Any) -> bytes:
+        """The bytes of a command, as the protocol has them."""
+        return b"".join([b"*%d\r\n" % len(command), *[b"$%d\r\n%b\r\n" % (len(arg), arg) for arg in command]])
+
 
 if TYPE_CHECKING:
     from redisflow.connection import Endpoint
@@ -73,9 +83,11 @@ def no_reply(error: Exception, client_id: int | None) -> Lost:
     return lost
 
 
-def packed(commands: Sequence[Sequence[bytes]]) -> list[bytes]:
-    """The bytes of commands, as redis-py's connections take them."""
-    return [b"".join([pack_command(command) for command in commands])]  # type: ignore[arg-type]  # its stub is off
+def packed(commands: Sequence[Sequence[bytes]]) -> bytes:
+    """The bytes of commands."""
+    if len(commands) == 1:
+        return pack_command(commands[0])
+    return b"".join([pack_command(command) for command in commands])
 
 
 def xread(block: Block, socket_timeout_s: float) -> Sequence[bytes]:
@@ -181,7 +193,7 @@ class Wire:
 
 
 def _roundtrip(connection: Any, commands: Sequence[Sequence[bytes]]) -> list[Reply]:
-    connection.send_packed_command(packed(commands))
+    connection.send_packed_command([packed(commands)])
     replies: list[Reply] = []
     for _ in commands:
         try:

@@ -16,7 +16,6 @@ from redisflow.codec import (
     failure_stamp,
     pack,
     pack_plain,
-    plain,
 )
 from redisflow.errors import InvalidData
 from redisflow.flow import (
@@ -42,12 +41,11 @@ from redisflow.ops.fields import (
     state_field,
 )
 from redisflow.ops.namespace import (
+    DEEP,
     Namespace,
     Target,
     expectation,
-    look_of,
     op_id_of,
-    partition_of,
     raise_refusal,
     target_of,
     whole_number,
@@ -56,16 +54,21 @@ from redisflow.scripts import TRANSITIONS
 from redisflow.waits import AnyWait, require_name
 
 NO_CHANGE = Change()
+OTHER_KEYS = [b"OTHER_KEYS"]  # a reply
+# A change stores what its payload says, at most so many times as long: an integer of 9 bytes has 20 digits, a
+# waiter's names stand in two fields.
+_FIELDS_TO_PAYLOAD = 3
 
 
-@attrs.frozen(eq=False)
+@attrs.define(eq=False)  # not frozen: that takes three times as long to make, and this lives for one call
 class Transition:
     """One verb about to run on one flow: builds the call, and reads its reply.
 
     Attributes:
         expected: what the flow must be, as by `expectation`.
         op, look: the operation's id, and whether a first attempt must look for it.
-        narrow: give the script just the keys for the status of the caller's copy.
+        next_revision: one more than the revision of the caller's copy.
+        reply: what the script answered.
     """
 
     target: Target
@@ -75,13 +78,14 @@ class Transition:
     expected: bytes
     op: str
     look: bytes
-    narrow: bool = True
+    next_revision: bytes = b""
+    reply: Any = None
 
     @classmethod
     def of(
         cls,
         namespace: Namespace,
-        target: Target,
+        flow: FlowRef,
         verb: Verb,
         change: Change,
         payload: bytes,
@@ -90,58 +94,53 @@ class Transition:
         op_id: object,
     ) -> Transition:
         """Check and assemble one of the lifecycle's verbs."""
-        namespace.require_room("the event's payload", [payload])
-        namespace.require_room("the change", change.fields.values())
-        expected = expectation(target, expected_revision)
-        return cls(target, verb, change, payload, expected, op_id_of(op_id), look_of(op_id))
+        target = target_of(flow)
+        if _FIELDS_TO_PAYLOAD * len(payload) > namespace.max_payload_bytes:
+            namespace.require_room("the event's payload", [payload])
+            namespace.require_room("the change", change.fields.values())
+        expected = b"" if expected_revision is None else expectation(target, expected_revision)
+        return cls(target, verb, change, payload, expected, op_id_of(op_id), b"" if op_id is None else DEEP)
 
-    def run(self, namespace: Namespace) -> Generator[Call, Any, Any]:
-        """Call the script. Returns its reply."""
+    def run(self, namespace: Namespace) -> Generator[Call, Any, Flow]:
+        """Call the script. Returns the flow after the change."""
         reply = yield self.call(namespace)
-        if reply == [b"OTHER_KEYS"]:
+        if reply == OTHER_KEYS:
             # The caller's copy was of another status: nothing was done yet, and all keys will do.
-            reply = yield attrs.evolve(self, narrow=False).call(namespace)
-        return reply
+            reply = yield self.call(namespace, narrow=False)
+        self.reply = reply
+        return self.read(reply)
 
-    def call(self, namespace: Namespace) -> Call:
-        """The script call."""
-        target, change, verb = self.target, self.change, self.verb
-        partition, member, base = partition_of(namespace, target), target.member, target.base
-        if change.merge == b"patch" and base is not None and WHOLE_STATE in base.fields:
-            change = attrs.evolve(change, merge=b"over")
-        copy_status = base.status if self.narrow and base is not None and not base.cancel_requested else None
+    def call(self, namespace: Namespace, *, narrow: bool = True) -> Call:
+        """The script call: with just the keys for the status of the caller's copy, or with all."""
+        change, verb = self.change, self.verb
+        flow_id, member, base = self.target
+        etag, copy_status = b"", None
+        if base is not None:
+            held = base.fields
+            etag = held[b"etag"]
+            self.next_revision = b"%d" % (int(held[b"revision"]) + 1)
+            if narrow and held.get(b"cancel_requested") == b"0":
+                copy_status = held[b"status"]
+            if WHOLE_STATE in held and change.merge == b"patch":
+                change = attrs.evolve(change, merge=b"over")
         script = TRANSITIONS.get((verb, copy_status)) or TRANSITIONS[verb, None]
-        statuses = script.sources if verb.target is None else (*script.sources, verb.target)
-        return Call(
-            script.script,
-            partition.slot,
-            (
-                partition.flow(member),
-                partition.events(member),
-                *[partition.status(status) for status in statuses],
-                *((partition.due, partition.waiters) if script.touches_waits else ()),
-            ),
-            (
-                member,
-                b"" if base is None else base.etag,
-                b"" if base is None else b"%d" % (base.revision + 1),
-                self.payload,
-                *[getattr(change, name) for name in verb.takes],
-                *change.unset,
-                *flat({field: b"%d" % delta for field, delta in change.increments.items()}),
-                *flat(change.fields),
-            ),
-            target.flow_id,
-            self.op,
-            self.look,
-            self.expected,
-        )
+        partition = namespace.keyspace.partition_of(flow_id)
+        args = [member, etag, self.next_revision, self.payload]
+        for name in verb.takes:
+            args.append(getattr(change, name))  # noqa: PERF401 - mostly one: a comprehension costs more
+        if change.unset or change.increments:
+            args += change.unset
+            args += flat({field: b"%d" % delta for field, delta in change.increments.items()})
+        for pair in change.fields.items():
+            args += pair
+        keys = script.keys(partition, member)
+        return Call(script.script, partition.slot, keys, args, flow_id, self.op, self.look, self.expected)
 
     def read(self, reply: Any) -> Flow:
         """The flow after the change, or the refusal raised."""
+        if type(reply) is bytes:
+            return self._applied(reply)
         match reply:
-            case bytes() as updated_at:
-                return self._applied(updated_at)
             case [b"OK", updated_at, _]:
                 return self._applied(updated_at)
             case [b"SAME"] if self.target.base is not None:
@@ -151,17 +150,10 @@ class Transition:
         return raise_refusal(reply, self.target.flow_id, self.op, expected=self.expected, to=self.verb.target)
 
     def _applied(self, updated_at: bytes) -> Flow:
-        if self.target.base is None:
+        base = self.target.base
+        if base is None:
             raise AssertionError  # only a caller who holds a copy is told of it in short
-        return Flow.from_stored(self.change.applied(self.target.base, self.verb.target, self.op, updated_at))
-
-
-def _run(
-    namespace: Namespace, flow: FlowRef, verb: Verb, change: Change, payload: bytes, **options: Any
-) -> Generator[Call, Any, Flow]:
-    transition = Transition.of(namespace, target_of(flow), verb, change, payload, **options)
-    reply = yield from transition.run(namespace)
-    return transition.read(reply)
+        return Flow.from_stored(self.change.applied(base, self.verb.target, self.next_revision, self.op, updated_at))
 
 
 _EMPTY_PAYLOAD = pack("payload", {})
@@ -169,25 +161,25 @@ _EMPTY_PAYLOAD = pack("payload", {})
 
 def start_running(namespace: Namespace, flow: FlowRef, **options: object) -> Generator[Call, Any, Flow]:
     """Created or waiting → running."""
-    return _run(namespace, flow, START_RUNNING, NO_CHANGE, _EMPTY_PAYLOAD, **options)
+    return Transition.of(namespace, flow, START_RUNNING, NO_CHANGE, _EMPTY_PAYLOAD, **options).run(namespace)
 
 
 def set_waiting(namespace: Namespace, flow: FlowRef, wait: AnyWait, **options: object) -> Generator[Call, Any, Flow]:
     """Running → waiting."""
     wire, change = entering_wait(wait)
-    return _run(namespace, flow, SET_WAITING, change, pack_plain({"wait": wire}), **options)
+    return Transition.of(namespace, flow, SET_WAITING, change, pack_plain({"wait": wire}), **options).run(namespace)
 
 
 def resume(namespace: Namespace, flow: FlowRef, state_patch: Any, **options: object) -> Generator[Call, Any, Flow]:
     """Waiting → running, the patch merged."""
-    patch = plain("state_patch", state_patch)
-    return _run(namespace, flow, RESUME, merging(patch), pack_plain({"state_patch": patch}), **options)
+    patch, change = merging("state_patch", state_patch)
+    return Transition.of(namespace, flow, RESUME, change, pack_plain({"state_patch": patch}), **options).run(namespace)
 
 
 def finish(namespace: Namespace, flow: FlowRef, final_state: Any, **options: object) -> Generator[Call, Any, Flow]:
     """Running → finished, the patch merged."""
-    patch = plain("final_state", final_state)
-    return _run(namespace, flow, FINISH, merging(patch), pack_plain({"final_state": patch}), **options)
+    patch, change = merging("final_state", final_state)
+    return Transition.of(namespace, flow, FINISH, change, pack_plain({"final_state": patch}), **options).run(namespace)
 
 
 def fail(namespace: Namespace, flow: FlowRef, reason: str, **options: object) -> Generator[Call, Any, Flow]:
@@ -198,18 +190,18 @@ def fail(namespace: Namespace, flow: FlowRef, reason: str, **options: object) ->
     # Merged as a patch would be: a state that is not a mapping gives way to it.
     field, head, tail = failure_stamp(reason)
     change = Change(merge=b"patch", stamp_field=field, stamp_head=head, stamp_tail=tail)
-    return _run(namespace, flow, FAIL, change, payload, **options)
+    return Transition.of(namespace, flow, FAIL, change, payload, **options).run(namespace)
 
 
 def request_cancel(namespace: Namespace, flow: FlowRef, **options: object) -> Generator[Call, Any, Flow]:
     """Set the sticky flag; on a flow that has it or has ended, change nothing."""
     change = Change(fields={b"cancel_requested": b"1"}, wake=b"1")
-    return _run(namespace, flow, REQUEST_CANCEL, change, _EMPTY_PAYLOAD, **options)
+    return Transition.of(namespace, flow, REQUEST_CANCEL, change, _EMPTY_PAYLOAD, **options).run(namespace)
 
 
 def cancel(namespace: Namespace, flow: FlowRef, **options: object) -> Generator[Call, Any, Flow]:
     """Any live status → cancelled."""
-    return _run(namespace, flow, CANCEL, NO_CHANGE, _EMPTY_PAYLOAD, **options)
+    return Transition.of(namespace, flow, CANCEL, NO_CHANGE, _EMPTY_PAYLOAD, **options).run(namespace)
 
 
 def update_state(
@@ -220,11 +212,11 @@ def update_state(
     next_step: str | None,
     increment: Mapping[str, int] | None,
     unset: Iterable[str],
-    **options: object,
+    expected_revision: object,
+    op_id: object,
 ) -> Generator[Call, Any, Flow]:
     """Merge into the state and move the step; the status stays."""
-    patch = plain("patch", patch)
-    change = merging(patch)
+    patch, change = merging("patch", patch)
     payload: dict[str, Any] = {"patch": patch, "next_step": next_step}
     if increment is not None or unset != ():
         change, more = _with_deltas(change, {} if increment is None else increment, unset)
@@ -232,7 +224,10 @@ def update_state(
     if next_step is not None:
         change.fields[b"current_step"] = require_name("next_step", next_step)
     verb = UPDATE_DELTAS if change.unset or change.increments else UPDATE_STATE
-    return _run(namespace, flow, verb, change, pack_plain(payload), **options)
+    transition = Transition.of(
+        namespace, flow, verb, change, pack_plain(payload), expected_revision=expected_revision, op_id=op_id
+    )
+    return transition.run(namespace)
 
 
 def _with_deltas(change: Change, increment: object, unset: object) -> tuple[Change, dict[str, Any]]:

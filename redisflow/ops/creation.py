@@ -11,7 +11,6 @@ from redisflow.calls import Call
 from redisflow.codec import (
     StoredFlow,
     pack,
-    plain,
 )
 from redisflow.flow import (
     START_RUNNING,
@@ -50,7 +49,7 @@ def create(
     """Create a flow: `created`, or running at once where it mirrors work that has begun elsewhere."""
     op = op_id_of(op_id)
     # The id of a flow is that of the operation that makes it: called again with its op_id, it is the same flow.
-    target = Target(UUID(hex=op, version=4) if flow_id is None else flow_id_of(flow_id))
+    target = Target.at(UUID(hex=op, version=4) if flow_id is None else flow_id_of(flow_id))
     owner = require_name("owner_session_key", owner_session_key)
     status = FlowStatus.RUNNING if mirrored else FlowStatus.CREATED
     fields = {
@@ -60,7 +59,7 @@ def create(
         b"requester_origin": require_name("requester_origin", requester_origin),
         b"current_step": require_name("current_step", current_step),
     }
-    initial = state_fields({} if state is None else plain("state", state))
+    _, initial = state_fields("state", {} if state is None else state)
     fields |= initial
     origin = {"controller_id": controller_id, "goal": goal, "current_step": current_step}
     events = [b"created", pack("payload", origin)]

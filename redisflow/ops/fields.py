@@ -15,6 +15,7 @@ from redisflow.codec import (
     pack_plain,
     pairs,
     plain,
+    plain_fields,
     stamped,
 )
 from redisflow.errors import InvalidData
@@ -28,7 +29,7 @@ from redisflow.waits import AnyWait, parse_wait, to_us, wire_form
 Fields = dict[bytes, bytes]
 
 
-@attrs.frozen
+@attrs.define(eq=False)
 class Change:
     """What a verb does beside moving the status: the same for the script and for the caller's copy.
 
@@ -64,29 +65,33 @@ class Change:
         """How many fields to add to."""
         return b"%d" % len(self.increments)
 
-    def applied(self, base: StoredFlow, target: FlowStatus | None, op: str, updated_at: bytes) -> StoredFlow:
+    def applied(
+        self, base: StoredFlow, target: FlowStatus | None, revision: bytes, op: str, updated_at: bytes
+    ) -> StoredFlow:
         """What the script made of `base`, which was current."""
-        fields = dict(base.fields)
-        if target is not None and fields[b"status"] == b"waiting":
-            fields.pop(b"wait", None)
-            fields.pop(b"waiter", None)
+        old = base.fields
         if self.merge == b"replace":
-            fields = {field: value for field, value in fields.items() if not is_state(field)}
-        elif self.merge:
-            fields.pop(WHOLE_STATE, None)
-        for field in self.unset:
-            fields.pop(field, None)
-        for field, delta in self.increments.items():
-            fields[field] = b"%d" % (int(fields.get(field, b"0")) + delta)
-        fields.update(self.fields)
+            old = {field: value for field, value in old.items() if not is_state(field)}
+        fields = {**old, **self.fields, b"revision": revision, b"etag": op.encode(), b"updated_at": updated_at}
         if target is not None:
             fields[b"status"] = target.value.encode()
-        fields[b"revision"] = b"%d" % (base.revision + 1)
-        fields[b"etag"] = op.encode()
-        fields[b"updated_at"] = updated_at
+            if old[b"status"] == b"waiting":
+                self._remove(fields, b"wait", b"waiter")
+        if self.merge and WHOLE_STATE in old:
+            self._remove(fields, WHOLE_STATE)
+        if self.unset:
+            self._remove(fields, *self.unset)
+        for field, delta in self.increments.items():
+            fields[field] = b"%d" % (int(old.get(field, b"0")) + delta)
         if self.stamp_field:
             fields[self.stamp_field] = stamped(self.stamp_head, updated_at, self.stamp_tail)
         return StoredFlow(base.flow_id, base.member, fields)
+
+    def _remove(self, fields: dict[bytes, bytes], *names: bytes) -> None:
+        """Take out what was there before and is not set anew."""
+        for name in names:
+            if name not in self.fields:
+                fields.pop(name, None)
 
 
 def flat(fields: Mapping[bytes, bytes]) -> Iterable[bytes]:
@@ -115,18 +120,24 @@ def state_field(key: object) -> bytes:
         raise InvalidData(f"state key {key!r} holds a lone surrogate") from None
 
 
-def state_fields(state: Any) -> Fields:
-    """The hash fields of a whole state, or of a patch; plain values."""
-    if not isinstance(state, dict):
-        return {WHOLE_STATE: encode_plain(state)}
-    return {STATE_PREFIX + key.encode(): encode_plain(value) for key, value in state.items()}
+def state_fields(what: str, state: Any) -> tuple[Any, Fields]:
+    """A whole state, or a patch, made plain, and its hash fields.
+
+    Raises:
+        InvalidData: as `codec.plain` does.
+    """
+    if isinstance(state, Mapping):
+        return plain_fields(what, state)
+    state = plain(what, state)
+    return state, {WHOLE_STATE: encode_plain(state)}
 
 
-def merging(patch: Any) -> Change:
-    """The shallow merge of a patch: keys into keys, anything else in place of the whole state; plain values."""
+def merging(what: str, patch: Any) -> tuple[Any, Change]:
+    """The patch made plain, and its shallow merge: keys into keys, anything else in place of the whole state."""
     if patch is None:
-        return Change()
-    return Change(state_fields(patch), b"patch" if isinstance(patch, dict) else b"replace")
+        return None, Change()
+    patch, fields = state_fields(what, patch)
+    return patch, Change(fields, b"patch" if isinstance(patch, dict) else b"replace")
 
 
 def entering_wait(wait: AnyWait) -> tuple[Any, Change]:

@@ -22,7 +22,7 @@ class Watch:
     def __init__(self, namespace: Namespace, flow_id: FlowRef, after: str | None, timeout: float | None) -> None:
         """Check the inputs; `after=None` is from now on, `timeout` seconds."""
         self._namespace = namespace
-        self._target = Target(flow_id_of(flow_id))
+        self._target = Target.at(flow_id_of(flow_id))
         self._after = None if after is None else require_event_id(after)
         timeout_s = seconds_of("timeout", timeout)
         self._until_s = _FOREVER_S if timeout_s is None else time.monotonic() + timeout_s
@@ -66,7 +66,7 @@ def wait_for(
     namespace: Namespace, flow_id: FlowRef, statuses: tuple[FlowStatus | str, ...], timeout: float | None
 ) -> Generator[Read | Block, Any, Flow]:
     """Wait until the flow is in one of `statuses`; by default, until it has ended."""
-    target = Target(flow_id_of(flow_id))
+    target = Target.at(flow_id_of(flow_id))
     wanted = {status_of(status) for status in statuses} or set(TERMINAL)
     timeout_s = seconds_of("timeout", timeout)
     until_s = _FOREVER_S if timeout_s is None else time.monotonic() + timeout_s

@@ -6,7 +6,7 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 from uuid import UUID
 
 import attrs
@@ -30,6 +30,7 @@ from redisflow.waits import require_aware, to_us
 log = logging.getLogger("redisflow")
 
 DEFAULT_MAX_PAYLOAD_BYTES = 2**20
+_OP_IDS_AT_ONCE = 256
 
 
 @attrs.define
@@ -66,17 +67,17 @@ class Namespace:
             raise InvalidData(f"{what} is {size} bytes encoded; the limit is {self.max_payload_bytes}")
 
 
-@attrs.frozen
-class Target:
-    """The flow a call is about: its id, and what the caller holds of it."""
+class Target(NamedTuple):
+    """The flow a call is about: its id, the id as keys and sets have it, and what the caller holds of it."""
 
     flow_id: UUID
+    member: bytes
     base: StoredFlow | None = None
-    member: bytes = attrs.field()  # the id as keys and sets have it
 
-    @member.default
-    def _text_of_id(self) -> bytes:
-        return str(self.flow_id).encode()
+    @classmethod
+    def at(cls, flow_id: UUID) -> Target:
+        """The flow of an id, of which the caller holds nothing."""
+        return cls(flow_id, str(flow_id).encode())
 
 
 def targets_of(members: Iterable[bytes]) -> list[Target]:
@@ -84,7 +85,7 @@ def targets_of(members: Iterable[bytes]) -> list[Target]:
     targets = []
     for member in members:
         try:
-            targets.append(Target(UUID(member.decode())))
+            targets.append(Target.at(UUID(member.decode())))
         except ValueError:
             log.warning("left out an index entry that is no flow id: %r", member[:60])
     return targets
@@ -99,10 +100,10 @@ def target_of(flow: FlowRef) -> Target:
     if isinstance(flow, Flow):
         base = flow._base  # noqa: SLF001 - the operations are what it is kept for
         if base is None:
-            return Target(flow_id_of(flow.id))
+            return Target.at(flow_id_of(flow.id))
         if isinstance(base, StoredFlow):
-            return Target(base.flow_id, base, base.member)
-    return Target(flow_id_of(flow))
+            return Target(base.flow_id, base.member, base)
+    return Target.at(flow_id_of(flow))
 
 
 def flow_id_of(flow: FlowRef) -> UUID:
@@ -122,7 +123,10 @@ def flow_id_of(flow: FlowRef) -> UUID:
 def op_id_of(op_id: object) -> str:
     """Read an operation id: 32 hexadecimal digits, a UUID or 16 bytes. `None` makes a new one."""
     if op_id is None:
-        return os.urandom(16).hex()
+        try:
+            return _unused_op_ids.pop()
+        except IndexError:
+            return _more_op_ids()
     if isinstance(op_id, UUID):
         return op_id.hex
     if isinstance(op_id, bytes) and len(op_id) == 16:  # noqa: PLR2004 - the size of an operation id
@@ -133,6 +137,18 @@ def op_id_of(op_id: object) -> str:
         except ValueError:
             pass
     raise InvalidData(f"op_id must be 32 hexadecimal digits, a UUID or 16 bytes, not {op_id!r}")
+
+
+_unused_op_ids: list[str] = []
+os.register_at_fork(after_in_child=_unused_op_ids.clear)  # or parent and child would use the same
+
+
+def _more_op_ids() -> str:
+    """Ask the system for random bytes, many at a time. Returns one id, keeps the others."""
+    digits = os.urandom(16 * _OP_IDS_AT_ONCE).hex()
+    first, *others = (digits[start : start + 32] for start in range(0, len(digits), 32))
+    _unused_op_ids.extend(others)
+    return first
 
 
 def whole_number(name: str, number: object) -> int:
@@ -170,9 +186,12 @@ def status_of(status: object) -> FlowStatus:
         raise InvalidData(f"not a flow status: {status!r}; one of {choices}") from None
 
 
+DEEP = b"deep"
+
+
 def look_of(op_id: object) -> bytes:
     """Whether a first attempt must look for its op: only where the caller brought it."""
-    return b"" if op_id is None else b"deep"
+    return b"" if op_id is None else DEEP
 
 
 def expectation(target: Target, revision: object) -> bytes:

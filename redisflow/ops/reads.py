@@ -34,14 +34,14 @@ _ALL = 2**31  # as one page: a listing without a limit is one look at each set
 
 def get(namespace: Namespace, flow_id: FlowRef) -> Generator[Read, Any, Flow | None]:
     """Read one flow; `None` if there is none."""
-    target = Target(flow_id_of(flow_id))
+    target = Target.at(flow_id_of(flow_id))
     (flat,) = yield Read([hgetall(namespace, target)])
     return read_flow(target.flow_id, flat)
 
 
 def get_many(namespace: Namespace, flow_ids: Iterable[FlowRef]) -> Generator[Read, Any, list[Flow | None]]:
     """Read flows by id, in the order given; `None` for each there is not."""
-    targets = [Target(flow_id_of(flow_id)) for flow_id in flow_ids]
+    targets = [Target.at(flow_id_of(flow_id)) for flow_id in flow_ids]
     if not targets:
         return []
     replies = yield Read([hgetall(namespace, target) for target in targets])

@@ -74,7 +74,7 @@ def append_event(
 
 def list_events(namespace: Namespace, flow_id: FlowRef, limit: int | None) -> Generator[Read, Any, list[FlowEvent]]:
     """The last events, newest first."""
-    target = Target(flow_id_of(flow_id))
+    target = Target.at(flow_id_of(flow_id))
     limit = limit_of(limit)
     if limit == 0:
         return []
@@ -90,7 +90,7 @@ class Trail:
     def __init__(self, namespace: Namespace, flow_id: FlowRef, after: str | None) -> None:
         """Check the inputs; `after` is the id of the last event not wanted."""
         self._namespace = namespace
-        self._target = Target(flow_id_of(flow_id))
+        self._target = Target.at(flow_id_of(flow_id))
         self._start = b"-" if after is None else b"(" + require_event_id(after)
         self._done = False
 
@@ -188,7 +188,7 @@ def _member(what: str, kind: type[E], value: object) -> E:
 
 def list_steps(namespace: Namespace, flow_id: FlowRef) -> Generator[Read, Any, list[FlowStep]]:
     """Every step of a flow, oldest first."""
-    target = Target(flow_id_of(flow_id))
+    target = Target.at(flow_id_of(flow_id))
     partition = partition_of(namespace, target)
     (packed,) = yield Read([command(partition, b"HVALS", partition.steps(target.member))])
     steps = [read_step(target.flow_id, value) for value in packed]
@@ -197,7 +197,7 @@ def list_steps(namespace: Namespace, flow_id: FlowRef) -> Generator[Read, Any, l
 
 def find_step_by_run_id(namespace: Namespace, flow_id: FlowRef, run_id: str) -> Generator[Read, Any, FlowStep | None]:
     """One step of a flow; `None` if that run was never observed."""
-    target = Target(flow_id_of(flow_id))
+    target = Target.at(flow_id_of(flow_id))
     partition = partition_of(namespace, target)
     field = require_name("run_id", run_id)
     (packed,) = yield Read([command(partition, b"HGET", partition.steps(target.member), field)])

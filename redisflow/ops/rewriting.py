@@ -12,7 +12,6 @@ from redisflow.codec import (
     WHOLE_STATE,
     event_time,
     pack,
-    plain,
     unpack,
 )
 from redisflow.errors import FlowNotFound, InvalidData, RevisionMismatch
@@ -78,8 +77,8 @@ def update_and_append(
         op=op_id_of(op_id),
         look=look_of(op_id),
     )
-    reply = yield from transition.run(namespace)
-    updated = transition.read(reply)
+    updated = yield from transition.run(namespace)
+    reply = transition.reply
     event_revision, event_id = (revision + 1, reply[2]) if reply[0] == b"OK" else (int(reply[3]), reply[2])
     return updated, FlowEvent(
         id=event_id.decode(),
@@ -108,7 +107,7 @@ def _rewriting(flow: Flow, target: Target) -> Change:
     if flow.cancel_requested:
         change.fields[b"cancel_requested"] = b"1"
         change = attrs.evolve(change, wake=b"1")
-    state = state_fields(plain("state", flow.state))
+    _, state = state_fields("state", flow.state)
     current = base is not None and base.etag == flow.etag.encode() and base.revision == flow.revision
     if base is not None and current and WHOLE_STATE not in base.fields and WHOLE_STATE not in state:
         # The compare makes sure that the base is what is stored: send what differs from it.
@@ -131,7 +130,7 @@ def mutate(
     op_id: object,
 ) -> Generator[Any, Any, Flow]:
     """Read, apply `fn`, compare and write; again from the read when another writer won."""
-    target = Target(flow_id_of(flow_id))
+    target = Target.at(flow_id_of(flow_id))
     for left in range(max(0, whole_number("retries", retries)), -1, -1):
         flow = yield from get(namespace, target.flow_id)
         if flow is None:

@@ -20,9 +20,9 @@ from redisflow.errors import (
     RevisionMismatch,
 )
 from redisflow.flow import CANCEL, RESUME, Flow, FlowRef, FlowStatus, Verb
-from redisflow.ops.changes import NO_CHANGE, Transition
+from redisflow.ops.changes import NO_CHANGE, OTHER_KEYS, Transition
 from redisflow.ops.fields import merging
-from redisflow.ops.namespace import Namespace, log, op_id_of, target_of, targets_of
+from redisflow.ops.namespace import Namespace, log, op_id_of, targets_of
 from redisflow.ops.reads import get, read_sound
 from redisflow.waits import ExternalEvent, from_us, require_aware, to_us
 
@@ -133,7 +133,7 @@ def _settled(ending: Transition, outcome: Reply | FlowError) -> Verb | None:
     try:
         if isinstance(outcome, FlowError):
             raise outcome
-        if outcome == [b"OTHER_KEYS"]:  # in another status than it was read in
+        if outcome == OTHER_KEYS:  # in another status than it was read in
             return _LOST
         ending.read(outcome)
     except _LOST_RACES:
@@ -149,9 +149,7 @@ def _ending(namespace: Namespace, flow: Flow, now: datetime) -> Transition | Non
     if flow.status is not FlowStatus.WAITING:
         return None
     if flow.cancel_requested:
-        return Transition.of(
-            namespace, target_of(flow), CANCEL, NO_CHANGE, pack_plain({}), expected_revision=None, op_id=None
-        )
+        return Transition.of(namespace, flow, CANCEL, NO_CHANGE, pack_plain({}), expected_revision=None, op_id=None)
     condition = flow.condition
     if condition is None or condition.due is None or condition.due > now:
         return None
@@ -161,12 +159,13 @@ def _ending(namespace: Namespace, flow: Flow, now: datetime) -> Transition | Non
 
 def _resuming(namespace: Namespace, flow: Flow, patch: dict[str, Any] | None, *, op_id: object) -> Transition:
     """Resume just the version that was read: whoever else saw it due loses by the compare."""
+    plain_patch, change = merging("the patch", patch)
     return Transition.of(
         namespace,
-        target_of(flow),
+        flow,
         RESUME,
-        merging(patch),
-        pack_plain({"state_patch": patch}),
+        change,
+        pack_plain({"state_patch": plain_patch}),
         expected_revision=flow.revision,
         op_id=op_id,
     )
@@ -197,7 +196,7 @@ def try_resume_external(
             # It may wait no more because this very operation resumed it: only its replay gets past this condition.
             resuming = attrs.evolve(resuming, expected=b"0 -")
         try:
-            return resuming.read((yield from resuming.run(namespace)))
+            return (yield from resuming.run(namespace))
         except RevisionMismatch:
             if not waits:
                 return None

@@ -76,8 +76,8 @@ class Trail:
             self.namespace, self.flow.id, "note", None, expected_revision=None, op_id=op if deep else None
         )
         call = next(operation)
-        args = [op.encode(), *call.argv(span_ms)[1:]]
         source = call.script.source if self.backend.real else call.script.plain
+        args = [op.encode(), *call.command(source, span_ms)[4 + len(call.keys) :]]
         before = self.backend.raw.xlen(self.key)
         tag, *facts = self.backend.raw.eval(source.text, len(call.keys), *call.keys, *args)
         added = self.backend.raw.xlen(self.key) - before
