@@ -3,6 +3,7 @@
 PYTHON ?= python3
 BIN    := .venv/bin
 READY  := .venv/.ready
+BENCH  := .venv/.ready-to-bench
 
 .PHONY: help demo test lint format cov bench clean
 .DEFAULT_GOAL := help
@@ -31,8 +32,8 @@ format: $(READY)    ## rewrite the Python files to the style
 cov: $(READY)    ## every test, measured: branch coverage of redisflow, at least 95 %
 	@$(BIN)/python -m pytest --cov --cov-report=term --cov-fail-under=95
 
-bench: $(READY)    ## the speed ratios
-	@$(BIN)/python -m benchmarks
+bench: $(BENCH)    ## the speed of it all: a table, and JSON and pictures in benchmarks/results
+	@$(BIN)/python -m benchmarks --save
 
 clean:    ## remove all that make made
 	rm -rf .venv dist .coverage .coverage.* .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
@@ -42,4 +43,8 @@ $(READY): pyproject.toml
 	@echo "installing into .venv ..."
 	@$(PYTHON) -m venv .venv
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
+$(BENCH): $(READY)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[bench]'
 	@touch $@

@@ -1,8 +1,9 @@
-"""Repeats, medians, ratios; a raw connection; the server's CPU time."""
+"""Repeats, medians, rows and curves; a raw connection; the server's CPU time."""
 
 from __future__ import annotations
 
 import gc
+import math
 import socket
 import statistics
 from collections.abc import Callable, Sequence
@@ -30,47 +31,84 @@ class Plan:
         return full // 10 if self.quick else full
 
 
+def _floats(values: Sequence[float]) -> tuple[float, ...]:
+    return tuple(values)
+
+
+def _points(points: Sequence[Sequence[Any]]) -> tuple[tuple[float | str, float], ...]:
+    return tuple((x, y) for x, y in points)
+
+
 @attrs.frozen
 class Row:
-    """A line of the result: what one thing cost beside another, in the same run.
+    """A line of the result: what one thing cost, beside another in the same run or by itself.
 
     Attributes:
-        ratios: subject / yardstick, one per repeat; their median is the result, free of drift between repeats.
-        at_most, at_least: the target, where there is one.
+        yardstick_name, yardstick: what it is held against; `None` where the figure stands for itself.
+        results: one per repeat. Subject / yardstick, free of drift between repeats; without a yardstick the subject.
+        at_most, at_least: the target of their median, where there is one.
     """
 
     name: str
-    yardstick_name: str
+    yardstick_name: str | None
     unit: str
     subject: float
-    yardstick: float
-    ratios: tuple[float, ...]
+    yardstick: float | None
+    results: tuple[float, ...] = attrs.field(converter=_floats)
     at_most: float | None = None
     at_least: float | None = None
 
     @property
-    def ratio(self) -> float:
-        return statistics.median(self.ratios)
+    def result(self) -> float:
+        return statistics.median(self.results)
 
     @property
     def middle_half(self) -> tuple[float, float]:
-        """The quartiles of the ratios: how much to trust their median."""
-        low, _, high = statistics.quantiles(self.ratios, n=4, method="inclusive")
+        """The quartiles of the results: how much to trust their median."""
+        if len(self.results) == 1:
+            return self.results[0], self.results[0]
+        low, _, high = statistics.quantiles(self.results, n=4, method="inclusive")
         return low, high
 
     @property
     def target(self) -> str:
         """The target as text; empty where there is none."""
+        unit = "" if self.yardstick_name else f" {self.unit}"
         if self.at_most is not None:
-            return f"≤ {self.at_most}"
-        return "" if self.at_least is None else f"≥ {self.at_least}"
+            return f"≤ {number(self.at_most)}{unit}"
+        return "" if self.at_least is None else f"≥ {number(self.at_least)}{unit}"
 
     @property
     def met(self) -> bool | None:
         """Whether the target is met; `None` where there is none."""
         if self.at_most is not None:
-            return self.ratio <= self.at_most
-        return None if self.at_least is None else self.ratio >= self.at_least
+            return self.result <= self.at_most
+        return None if self.at_least is None else self.result >= self.at_least
+
+
+@attrs.frozen
+class Curve:
+    """One line of a picture; a topic may yield it beside rows.
+
+    Attributes:
+        figure: the picture's title, "Rate against concurrency". Curves with the same one are drawn together, and
+            name their axes alike.
+        label: what this line is, for the legend.
+        x_name, y_name: the axes, units included: "flows", "ms per call".
+        points: (x, y) by ascending x, each y a median of the repeats. An x is a number, or a text such as "p99" for
+            an axis of even steps. An axis is drawn logarithmic where its numbers span much.
+    """
+
+    figure: str
+    label: str
+    x_name: str
+    y_name: str
+    points: tuple[tuple[float | str, float], ...] = attrs.field(converter=_points)
+
+
+def number(value: float) -> str:
+    """A number as a reader wants it: three digits, or all of a large one."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
 def compare(
@@ -93,6 +131,24 @@ def compare(
         at_most,
         at_least,
     )
+
+
+def alone(
+    name: str,
+    figures: Sequence[float],
+    *,
+    unit: str,
+    at_most: float | None = None,
+    at_least: float | None = None,
+) -> Row:
+    """Make a row of figures that stand for themselves, one of each repeat; a target is in their unit."""
+    return Row(name, None, unit, statistics.median(figures), None, figures, at_most, at_least)
+
+
+def percentile(samples: Sequence[float], percent: float) -> float:
+    """The sample that `percent` of all do not exceed."""
+    ordered = sorted(samples)
+    return ordered[max(0, math.ceil(len(ordered) * percent / 100) - 1)]
 
 
 def interleaved(repeats: int, *contestants: Callable[[], T]) -> list[tuple[T, ...]]:
