@@ -80,7 +80,7 @@ def _measure(options: argparse.Namespace) -> None:
         importlib.import_module("benchmarks.plots")  # tells before the work when the extra `bench` is not installed
     console = Console()
     if not console.is_terminal:
-        console.width = 130  # a file or a pipe has room
+        console.width = 150  # a file or a pipe has room
     plan = Plan(options.repeats or (_LEAST_REPEATS if options.quick else 9), options.quick)
     result = _measured(console, options, plan, options.only or TOPICS)
     show(console, result)
