@@ -8,7 +8,7 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,11 +18,16 @@ import redis
 _READY_WITHIN_S = 15.0
 
 
+class NoServer(SystemExit):
+    """A server cannot be had, or does not start."""
+
+
 @attrs.frozen
 class Server:
     """A running server. `name` is what it says it is: `valkey-9.1.0`, `redis-7.0.15`."""
 
     name: str
+    program: str
     port: int
     socket_path: Path
 
@@ -51,12 +56,14 @@ def binary_of(engine: str) -> str:
         return str(get_binary_path())
     program = shutil.which(f"{engine}-server" if engine in {"valkey", "redis"} else engine)
     if program is None:
-        raise SystemExit(f"no server program for --engine {engine}")
+        raise NoServer(f"no server program for --engine {engine}")
     return program
 
 
 @contextmanager
-def serving(engine: str, *, aof: bool = False) -> Iterator[Server]:
+def serving(
+    engine: str, *, aof: bool = False, fsync: str = "everysec", modules: Sequence[Path] = ()
+) -> Iterator[Server]:
     """Run a server; without an append-only file no disk is measured. Every contestant has the same one."""
     binary = binary_of(engine)
     folder = Path(tempfile.mkdtemp(prefix="rfb-"))  # short: socket paths are
@@ -69,15 +76,19 @@ def serving(engine: str, *, aof: bool = False) -> Iterator[Server]:
         "unixsocket": socket_path,
         "dir": folder,
         "appendonly": "yes" if aof else "no",
+        "appendfsync": fsync,
     }
     words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    words += [word for module in modules for word in ("--loadmodule", str(module))]
     command = [binary, "--save", "", *words]
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     try:
-        yield Server(_name_when_ready(process, socket_path), port, socket_path)
+        yield Server(_name_when_ready(process, socket_path), binary, port, socket_path)
     finally:
         process.kill()
-        process.communicate()
+        process.wait()
+        if process.stdout is not None:
+            process.stdout.close()
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -92,7 +103,7 @@ def _name_when_ready(process: subprocess.Popen[bytes], socket_path: Path) -> str
                 if process.poll() is not None or time.monotonic() > until:
                     process.kill()
                     log, _ = process.communicate()
-                    raise SystemExit(f"the server does not start:\n{log.decode(errors='replace')[-2000:]}") from None
+                    raise NoServer(f"the server does not start:\n{log.decode(errors='replace')[-2000:]}") from None
                 time.sleep(0.01)
             else:
                 valkey = about.get("valkey_version")
