@@ -4,6 +4,7 @@ PYTHON ?= python3
 BIN    := .venv/bin
 READY  := .venv/.ready
 BENCH  := .venv/.ready-to-bench
+PEERS  := .venv-peers/.ready
 
 .PHONY: help demo test lint format cov bench clean
 .DEFAULT_GOAL := help
@@ -32,11 +33,11 @@ format: $(READY)    ## rewrite the Python files to the style
 cov: $(READY)    ## every test, measured: branch coverage of redisflow, at least 95 %
 	@$(BIN)/python -m pytest --cov --cov-report=term --cov-fail-under=95
 
-bench: $(BENCH)    ## the speed of it all: a table, and JSON and pictures in benchmarks/results
+bench: $(BENCH) $(PEERS)    ## the speed of it all: a table, and JSON and pictures in benchmarks/results
 	@$(BIN)/python -m benchmarks --save
 
 clean:    ## remove all that make made
-	rm -rf .venv dist .coverage .coverage.* .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-peers dist .coverage .coverage.* .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 $(READY): pyproject.toml
@@ -47,4 +48,12 @@ $(READY): pyproject.toml
 
 $(BENCH): $(READY)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[bench]'
+	@touch $@
+
+# What the benchmarks compare with, apart from what we run: none of it belongs in our environment.
+$(PEERS): pyproject.toml
+	@echo "installing the peers of the benchmarks into .venv-peers ..."
+	@$(PYTHON) -m venv .venv-peers
+	@.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check --upgrade 'pip>=25.1'
+	@.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check --group peers
 	@touch $@
