@@ -4,6 +4,8 @@ Subject: one thread that passes the flow it got from the call before. Yardstick:
 settings and `client.evalsha(sha, n, *keys, *args)`, the arguments recorded beforehand from the library's own
 operation for another flow like it, so that the script does the same work and gives the same small reply.
 
+A batch of the library is compared with its own single calls.
+
 Fair, because what the library does for its caller (checks, encoding, a new operation id, the new flow) is on its
 side of the scale, and on the other side nothing but the client.
 """
@@ -30,12 +32,13 @@ if TYPE_CHECKING:
 _CALLS = 200
 # Short turns, and many: neighbours in time are disturbed alike.
 _TURNS = 12
+_BATCH, _BATCHES = 500, 4
 
 
 def run(server: Server, plan: Plan) -> Iterator[Row]:
     """Measure the rows."""
     transports = (
-        ("TCP", server.client(), server.url, 0.85),
+        ("TCP", server.client(), server.url, 0.9),
         ("Unix socket", server.unix_client(), server.unix_url, None),
     )
     for transport, client, url, at_least in transports:
@@ -46,6 +49,26 @@ def run(server: Server, plan: Plan) -> Iterator[Row]:
             rates = partial(_library_rate, flows, calls), partial(_client_rate, flows, client, calls)
             pairs = [(a, b) for a, b in interleaved(plan.repeats * _TURNS, *rates)]
             yield compare(f"sync update_state, {transport}", "bare evalsha", pairs, unit="calls/s", at_least=at_least)
+            yield _batches(flows, plan, transport)
+
+
+def _batches(flows: FlowManager, plan: Plan, transport: str) -> Row:
+    """Batches of 500 flows beside as many single calls."""
+    made = [_running(flows) for _ in range(_BATCH)]
+    rates = partial(_batch_rate, flows, made), partial(_library_rate, flows, plan.size(_CALLS))
+    pairs = [(a, b) for a, b in interleaved(plan.repeats, *rates)]
+    name = f"sync batches of {_BATCH}, {transport}"
+    return compare(name, "single calls", pairs, unit="calls/s", at_least=3.0)
+
+
+def _batch_rate(flows: FlowManager, made: list[Flow]) -> float:
+    began = time.perf_counter()
+    for number in range(_BATCHES):
+        patch = {"processed": number, "last_message": "inbox/2026/17"}
+        with flows.batch() as batch:
+            queued = [batch.update_state(flow, patch) for flow in made]
+        made[:] = [one.result() for one in queued]
+    return _BATCHES * len(made) / (time.perf_counter() - began)
 
 
 def profile(server: Server, calls: int) -> None:

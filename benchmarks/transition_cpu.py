@@ -159,7 +159,7 @@ def run(server: Server, plan: Plan) -> Iterator[Row]:
             lambda: arena.live(partial(scripted, per_packet=1), 0.1),
         )
     for verb in dict.fromkeys([_MIXED, *(verb for verb, *_ in LIFE)]):
-        limit = 2.0 if verb == _MIXED else None
+        limit = 1.8 if verb == _MIXED else None
         yield _row(f"CPU, {verb}", "same writes, raw", [(r[0][verb], r[1][verb]) for r in rounds], limit)
     mixed = [[cost[_MIXED] for cost in costs] for costs in rounds]
     yield _row(f"CPU, {_MIXED}", "WATCH/MULTI", [(r[0], r[2]) for r in mixed], 0.35)

@@ -1,6 +1,7 @@
 """Durable state of long-running work, shared by a fleet of agents on Redis or Valkey."""
 
 from redisflow.aio import AsyncFlowManager
+from redisflow.batch import FlowBatch
 from redisflow.engine import AsyncWaitEngine, TickReport, WaitEngine
 from redisflow.errors import (
     AlreadyTerminal,
@@ -16,8 +17,18 @@ from redisflow.errors import (
     RevisionMismatch,
     StorageError,
 )
-from redisflow.flow import Flow, FlowEvent, FlowStatus, FlowStep, FlowStepStatus, StepObservation, StepRuntime
+from redisflow.flow import (
+    Flow,
+    FlowEvent,
+    FlowStatus,
+    FlowStep,
+    FlowStepStatus,
+    NewFlow,
+    StepObservation,
+    StepRuntime,
+)
 from redisflow.manager import FlowManager
+from redisflow.ops.batches import Queued
 from redisflow.waits import ExternalEvent, Manual, Timer
 
 __all__ = [
@@ -27,6 +38,7 @@ __all__ = [
     "CancelPending",
     "ExternalEvent",
     "Flow",
+    "FlowBatch",
     "FlowError",
     "FlowEvent",
     "FlowExists",
@@ -39,8 +51,10 @@ __all__ = [
     "InvalidData",
     "LayoutMismatch",
     "Manual",
+    "NewFlow",
     "NotDurable",
     "OutcomeUnknown",
+    "Queued",
     "RevisionMismatch",
     "StepObservation",
     "StepRuntime",

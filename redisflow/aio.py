@@ -18,8 +18,8 @@ from redisflow.aio_wire import AsyncWire
 from redisflow.calls import Block, Lost, Op, Packet, Pages, T
 from redisflow.connection import Endpoint, endpoint_of, require_client, url_of
 from redisflow.delivery import Step, deliver
-from redisflow.flow import Flow, FlowEvent, FlowRef, FlowStatus, FlowStep, StepObservation, StepRuntime
-from redisflow.ops import changes, creation, follow, reads, records, rewriting, upkeep
+from redisflow.flow import Flow, FlowEvent, FlowRef, FlowStatus, FlowStep, NewFlow, StepObservation, StepRuntime
+from redisflow.ops import batches, changes, creation, follow, reads, records, rewriting, upkeep
 from redisflow.settings import Settings
 from redisflow.waits import AnyWait
 
@@ -203,6 +203,10 @@ class AsyncFlowManager:
                 op_id=op_id,
             )
         )
+
+    async def create_many(self, inputs: Iterable[NewFlow], *, exist_ok: bool = False) -> list[Flow]:
+        """Create flows, each as by `create_managed`, many to a round trip; bad input is refused before any is sent."""
+        return await self.perform(batches.create_many(self.namespace, inputs, exist_ok=exist_ok))
 
     # --- reading ---
 

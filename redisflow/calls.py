@@ -30,6 +30,7 @@ class Call:
         op_id: the operation's id.
         look: `deep` where the caller brought the op, so that even a first attempt looks for it.
         expected: what the stored flow must be: `<revision>` or `<revision> <etag>`; empty for anything.
+        narrow: it has just the keys for the status of the caller's copy, and is answered OTHER_KEYS in another.
     """
 
     script: Script
@@ -40,6 +41,7 @@ class Call:
     op_id: str
     look: bytes = b""
     expected: bytes = b""
+    narrow: bool = False
 
     @property
     def subject(self) -> str:

@@ -183,13 +183,23 @@ def _rescue(call: Call, trouble: Refusal | Lost, sent_s: float, policy: Policy) 
     return outcome
 
 
+def _commands(calls: Sequence[Call], policy: Policy) -> list[Sequence[bytes]]:
+    """The first attempts of a packet. Each script is sent once in full: what is not known would run out of order."""
+    commands: list[Sequence[bytes]] = []
+    known = set()
+    for call in calls:
+        source = _source_of(call, policy)
+        commands.append(call.command(source, text=source.sha not in known))
+        known.add(source.sha)
+    return commands
+
+
 def _deliver_batch(batch: Batch, policy: Policy) -> Generator[Step, Any, list[Reply | FlowError]]:
     outcomes: list[Reply | FlowError] = []
     for start in range(0, len(batch.calls), _BATCH_LIMIT):
         calls = batch.calls[start : start + _BATCH_LIMIT]
         sent_s = policy.clock()
-        commands = [_first_command(call, policy) for call in calls]
-        answers = yield from _send(Packet(calls[0].slot, commands, sent_s + policy.deadline_s))
+        answers = yield from _send(Packet(calls[0].slot, _commands(calls, policy), sent_s + policy.deadline_s))
         troubled = [n for n, answer in enumerate(answers) if type(answer) in _TROUBLES]
         merged = dict(enumerate(answers))
         if troubled:

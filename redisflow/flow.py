@@ -201,6 +201,19 @@ _ATTRIBUTES = frozenset(field.name for field in attrs.fields(Flow)) - {"_base"}
 
 
 @attrs.frozen(kw_only=True)
+class NewFlow:
+    """A flow to be created, as `create_many` takes it; the arguments of `create_managed`."""
+
+    controller_id: str
+    goal: str
+    owner_session_key: str
+    requester_origin: str
+    current_step: str = "init"
+    state: Any = None
+    flow_id: UUID | str | None = None
+
+
+@attrs.frozen(kw_only=True)
 class FlowEvent:
     """One entry of a flow's audit trail.
 

@@ -14,11 +14,12 @@ from uuid import UUID
 
 import redis
 
+from redisflow.batch import FlowBatch
 from redisflow.calls import Block, Lost, Op, Packet, Pages, T
 from redisflow.connection import Endpoint, endpoint_of, require_client, url_of
 from redisflow.delivery import deliver
-from redisflow.flow import Flow, FlowEvent, FlowRef, FlowStatus, FlowStep, StepObservation, StepRuntime
-from redisflow.ops import changes, creation, follow, reads, records, rewriting, upkeep
+from redisflow.flow import Flow, FlowEvent, FlowRef, FlowStatus, FlowStep, NewFlow, StepObservation, StepRuntime
+from redisflow.ops import batches, changes, creation, follow, reads, records, rewriting, upkeep
 from redisflow.settings import Settings
 from redisflow.waits import AnyWait
 from redisflow.wire import Wire
@@ -215,6 +216,21 @@ class FlowManager:
                 op_id=op_id,
             )
         )
+
+    def create_many(self, inputs: Iterable[NewFlow], *, exist_ok: bool = False) -> list[Flow]:
+        """Create flows, each as by `create_managed`, many to a round trip.
+
+        Args:
+            inputs: checked, all of them, before the first is sent.
+            exist_ok: return the owner's flow of an id that is taken.
+
+        Returns:
+            The flows, in the order given.
+
+        Raises:
+            FlowExists: an id is taken; every other flow was created all the same.
+        """
+        return self.perform(batches.create_many(self.namespace, inputs, exist_ok=exist_ok))
 
     # --- reading ---
 
@@ -446,6 +462,11 @@ class FlowManager:
                 op_id=op_id,
             )
         )
+
+    def batch(self) -> FlowBatch:
+        """Queue verbs in a `with` block and send them together, 500 to a round trip, at its end."""
+        self.connect()
+        return FlowBatch(self)
 
     # --- records ---
 

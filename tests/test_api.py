@@ -18,6 +18,7 @@ from redisflow import (
     CancelPending,
     ExternalEvent,
     Flow,
+    FlowBatch,
     FlowError,
     FlowEvent,
     FlowExists,
@@ -41,7 +42,13 @@ from redisflow import (
     WaitEngine,
 )
 
+# What a batch queues: every verb that creates or changes flows with single calls.
+BATCHED = """
+    create_managed create_mirrored start_running set_waiting resume finish fail request_cancel cancel
+    update_state update_and_append append_event record_step_observation
+"""
 NAMES = """
+    FlowBatch Queued NewFlow
     FlowManager AsyncFlowManager WaitEngine AsyncWaitEngine TickReport
     Flow FlowStatus FlowEvent FlowStep FlowStepStatus StepRuntime StepObservation
     Timer ExternalEvent Manual
@@ -56,6 +63,7 @@ VERB = "*, expected_revision=None, op_id=None"
 MANAGER = {
     "create_managed": CREATION,
     "create_mirrored": CREATION,
+    "create_many": "inputs, *, exist_ok=False",
     "get": "flow_id",
     "get_many": "flow_ids",
     "list_by_owner": "owner, *, limit=None",
@@ -136,10 +144,20 @@ def test_the_engines_signatures_are_pinned(cls: type) -> None:
 def test_both_shells_agree(sync: type, asynchronous: type) -> None:
     """The same methods with the same parameters; only closing has the name each world gives it."""
     ours, theirs = public_methods(sync), public_methods(asynchronous)
-    assert ours.keys() - theirs.keys() == ({"close"} if sync is FlowManager else set())
+    assert ours.keys() - theirs.keys() == ({"close", "batch"} if sync is FlowManager else set())
     assert theirs.keys() - ours.keys() == ({"aclose"} if sync is FlowManager else set())
     for name in ours.keys() & theirs.keys():
         assert parameters(ours[name]) == parameters(theirs[name]), name
+
+
+def test_a_batch_has_the_managers_verbs() -> None:
+    """With the same parameters; each returns, queued, what the manager's does."""
+    verbs, own = public_methods(FlowManager), public_methods(FlowBatch)
+    assert set(own) == {*BATCHED.split(), "send"}
+    for name in BATCHED.split():
+        assert parameters(own[name]) == parameters(verbs[name]), name
+        returned = inspect.signature(verbs[name]).return_annotation
+        assert inspect.signature(own[name]).return_annotation == f"Queued[{returned}]", name
 
 
 @pytest.mark.parametrize(("sync", "asynchronous"), PAIRS)
@@ -156,7 +174,7 @@ def test_the_asyncio_shell_is_asynchronous(sync: type, asynchronous: type) -> No
             assert str(own.return_annotation).removeprefix("Async") == str(other.return_annotation), name
 
 
-@pytest.mark.parametrize("cls", [FlowManager, AsyncFlowManager, WaitEngine, AsyncWaitEngine])
+@pytest.mark.parametrize("cls", [FlowManager, AsyncFlowManager, FlowBatch, WaitEngine, AsyncWaitEngine])
 def test_everything_public_is_described(cls: type) -> None:
     """A docstring that is a sentence, for the class and each method."""
     for name, described in {"the class": cls, **public_methods(cls)}.items():

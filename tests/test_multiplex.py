@@ -6,6 +6,7 @@ import asyncio
 import gc
 import random
 from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
@@ -38,6 +39,11 @@ async def running(flows: AsyncFlowManager, **state: Any) -> Flow:
         controller_id="c", goal="g", owner_session_key="o", requester_origin="r", state=state
     )
     return await flows.start_running(flow)
+
+
+def open_files() -> int:
+    """How many file descriptors this process has."""
+    return len(list(Path("/dev/fd").iterdir()))
 
 
 def connections(server: Server, name: str) -> int:
@@ -178,10 +184,18 @@ async def test_closing_settles_calls_under_way_and_leaves_nothing_behind(server:
 
 
 async def test_opening_and_closing_many_times_leaks_nothing(server: Server) -> None:
-    """Neither connections, nor tasks, nor what the collector would complain of."""
-    for _ in range(300):
-        async with AsyncFlowManager.from_url(f"{server.url}?client_name=closed", prefix="cycles") as flows:
-            await flows.count_by_status()
-    gc.collect()
+    """Neither connections, nor tasks, nor open files, nor objects, nor what the collector would complain of."""
+
+    async def cycle(times: int) -> tuple[int, int]:
+        for _ in range(times):
+            async with AsyncFlowManager.from_url(f"{server.url}?client_name=closed", prefix="cycles") as flows:
+                await flows.count_by_status()
+        gc.collect()
+        return open_files(), len(gc.get_objects())
+
+    files, objects = await cycle(100)
+    files_after, objects_after = await cycle(10_000)
+    assert files_after == files
+    assert objects_after - objects < 1000  # a tenth of an object for each cycle
     assert asyncio.all_tasks() == {asyncio.current_task()}
     await wait_until_async(lambda: connections(server, "closed") == 0, description="the connections to be gone")

@@ -134,7 +134,8 @@ class Transition:
         for pair in change.fields.items():
             args += pair
         keys = script.keys(partition, member)
-        return Call(script.script, partition.slot, keys, args, flow_id, self.op, self.look, self.expected)
+        narrow = copy_status is not None
+        return Call(script.script, partition.slot, keys, args, flow_id, self.op, self.look, self.expected, narrow)
 
     def read(self, reply: Any) -> Flow:
         """The flow after the change, or the refusal raised."""
