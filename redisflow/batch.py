@@ -6,6 +6,7 @@ In asyncio there is nothing to queue: calls that are awaited together travel tog
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol, Self
 from uuid import UUID
 
@@ -15,6 +16,8 @@ from redisflow.ops import changes, creation, records, rewriting
 from redisflow.ops.batches import Queued, carry_out
 from redisflow.ops.namespace import Namespace
 from redisflow.waits import AnyWait
+
+_PACKET = 500
 
 
 class _Performer(Protocol):
@@ -27,12 +30,12 @@ class _Performer(Protocol):
 
 
 class FlowBatch:
-    """Verbs that are sent together, 500 to a round trip, at the end of the `with` block.
+    """Verbs that are sent together: 500 to a round trip, the last of them at the end of the `with` block.
 
     Each verb checks its input at once and returns a `Queued`, whose `result()` behind the block is the flow, or
     raises that verb's own error: a refusal of one leaves the others alone. They are carried out in their order, each
-    as atomic as ever; the batch as a whole is not. If the block raises, nothing is sent. Not for use by several
-    threads.
+    as atomic as ever; the batch as a whole is not. While 500 are under way, the block queues the next. If the block
+    raises, what was not sent by then is not sent. Not for use by several threads.
     """
 
     def __init__(self, flows: _Performer) -> None:
@@ -40,18 +43,41 @@ class FlowBatch:
         self._namespace = flows.namespace
         self._queued: list[Queued[Any]] = []
         self._flow_ids: set[UUID] = set()
+        self._sender: ThreadPoolExecutor | None = None
+        self._under_way: Future[None] | None = None
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
-        if kind is None:
-            self.send()
+        try:
+            if kind is None:
+                self.send()
+        finally:
+            if self._sender is not None:
+                self._sender.shutdown()
+                self._sender = None
 
     def send(self) -> None:
-        """Send what is queued now."""
+        """Send what is queued, and wait until all is carried out."""
+        self._settle()
+        self._flows.perform(self._packet())
+
+    def _send_behind(self) -> None:
+        """Have a thread send what is queued: this one can prepare more while the server works."""
+        self._settle()
+        if self._sender is None:
+            self._sender = ThreadPoolExecutor(1, thread_name_prefix="redisflow-batch")
+        self._under_way = self._sender.submit(self._flows.perform, self._packet())
+
+    def _settle(self) -> None:
+        under_way, self._under_way = self._under_way, None
+        if under_way is not None:
+            under_way.result()
+
+    def _packet(self) -> Op[None]:
         queued, self._queued, self._flow_ids = self._queued, [], set()
-        self._flows.perform(carry_out(queued))
+        return carry_out(queued)
 
     def _queue(self, op: Op[T]) -> Queued[T]:
         queued = Queued(op)
@@ -59,6 +85,8 @@ class FlowBatch:
             queued.widen()  # a verb before it may change the status, and a second round trip the order
         self._flow_ids.add(queued.flow_id)
         self._queued.append(queued)
+        if len(self._queued) == _PACKET:
+            self._send_behind()
         return queued
 
     def create_managed(

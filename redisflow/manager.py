@@ -464,7 +464,7 @@ class FlowManager:
         )
 
     def batch(self) -> FlowBatch:
-        """Queue verbs in a `with` block and send them together, 500 to a round trip, at its end."""
+        """Queue verbs in a `with` block and send them together, 500 to a round trip."""
         self.connect()
         return FlowBatch(self)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
@@ -162,6 +163,26 @@ def test_a_block_that_raises_sends_nothing(sync_flows: FlowManager, sync_subject
         queued.result()
 
 
+def test_a_long_block_that_raises_keeps_what_was_sent(sync_flows: FlowManager) -> None:
+    """Five hundred go while the block still queues; the rest never."""
+    flow = flow_in(sync_flows, "running", state={"n": 0})
+    queued: list[Any] = []
+
+    def block() -> None:
+        with sync_flows.batch() as batch:
+            queued.extend(batch.update_state(flow.id, increment={"n": 1}) for _ in range(700))
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        block()
+    assert [one.result().state["n"] for one in queued[:500]] == list(range(1, 501))
+    with pytest.raises(RuntimeError, match="not sent"):
+        queued[500].result()
+    read = sync_flows.get(flow)
+    assert read is not None
+    assert read.state["n"] == 500
+
+
 def test_what_was_sent_before_is_not_sent_again(sync_flows: FlowManager) -> None:
     """`send()` in the block sends what is queued so far; an empty batch sends nothing."""
     flow = flow_in(sync_flows, "running")
@@ -191,6 +212,7 @@ def test_a_batch_is_cut_into_packets_of_500(sync_flows: FlowManager, monkeypatch
         queued = [batch.update_state(flow.id, increment={"n": 1}) for _ in range(1001)]
     assert packets == [500, 500, 1]
     assert [one.result().state["n"] for one in queued] == list(range(2, 1003))
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("redisflow-batch")]
 
 
 @pytest.mark.parametrize("fault", [CUT_REPLY, CUT_REQUEST, HANG_REPLY], ids=lambda fault: fault.kind)
