@@ -7,7 +7,7 @@ in a script, once. `redisflow.manager.FlowManager` has the same names and argume
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Generator, Iterable, Mapping
 from datetime import datetime, timedelta
 from typing import Any, Self
 from uuid import UUID
@@ -15,9 +15,9 @@ from uuid import UUID
 import redis.asyncio
 
 from redisflow.aio_wire import AsyncWire
-from redisflow.calls import Block, Lost, Op, Packet, Pages, T
+from redisflow.calls import Block, Call, Lost, Op, Packet, Pages, T
 from redisflow.connection import Endpoint, endpoint_of, require_client, url_of
-from redisflow.delivery import Step, deliver
+from redisflow.delivery import TROUBLES, Step, deliver, first_attempt, go_on
 from redisflow.flow import Flow, FlowEvent, FlowRef, FlowStatus, FlowStep, NewFlow, StepObservation, StepRuntime
 from redisflow.ops import batches, changes, creation, follow, reads, records, rewriting, upkeep
 from redisflow.settings import Settings
@@ -69,25 +69,35 @@ class AsyncFlowManager:
 
     # --- carrying out operations ---
 
-    def perform(self, op: Op[T]) -> Coroutine[Any, Any, T]:
+    async def perform(self, op: Op[T]) -> T:
         """Carry out an operation of `redisflow.ops`, and return what it returns."""
-        wire = self._wire
-        return self._connect_and_drive(op) if wire is None else self._drive(wire, op)
+        wire = self._wire or await self.connect()
+        policy = self._policy
+        answer: Any
+        try:
+            wanted = next(op)
+            if type(wanted) is not Call:
+                return await self._drive(wire, go_on(op, wanted, policy))
+            # Nearly every operation is one call, and is answered: of thousands under way, each waits just here.
+            sent_s = policy.clock()
+            try:
+                (answer,) = await wire.exchange(first_attempt(wanted, sent_s, policy))
+            except Lost as lost:
+                answer = lost
+            if type(answer) in TROUBLES:
+                return await self._drive(wire, go_on(op, wanted, policy, answer, sent_s))
+            return await self._drive(wire, go_on(op, op.send(answer), policy))
+        except StopIteration as stop:
+            result: T = stop.value
+            return result
 
-    async def _connect_and_drive(self, op: Op[T]) -> T:
-        return await self._drive(await self.connect(), op)
-
-    async def _drive(self, wire: AsyncWire, op: Op[T]) -> T:
-        steps = deliver(op, self._policy)
-        step: Step | None
+    async def _drive(self, wire: AsyncWire, steps: Generator[Step, Any, T]) -> T:
         try:
             step = next(steps)
             while True:
                 try:
                     if isinstance(step, Packet):
-                        exchanged = wire.exchange(step)
-                        step = None  # sent by now: of thousands that wait, none keeps what it sent
-                        reply: Any = await exchanged
+                        reply: Any = await wire.exchange(step)
                     elif isinstance(step, Block):
                         reply = await wire.block(step)
                     else:
@@ -122,7 +132,7 @@ class AsyncFlowManager:
                     self.namespace, real_server=endpoint.real_server, allow_eviction=settings.allow_eviction
                 )
                 try:
-                    await self._drive(wire, check)
+                    await self._drive(wire, deliver(check, self._policy))
                 except BaseException:
                     await wire.close()
                     raise

@@ -154,23 +154,21 @@ def plain_fields(what: str, mapping: Mapping[Any, Any]) -> tuple[dict[str, Any],
         InvalidData: as `plain` does.
     """
     values, fields = {}, {}
-    pack = _packer.pack
+    prefix, pack = STATE_PREFIX, _packer.pack
     for name, value in mapping.items():
-        kind = type(value)
         # Most entries are a name with a text or an integer: told apart here, they cost no further call.
-        if type(name) is not str or not name.isascii():
-            encoded = None
-        elif kind is int and -_SMALL < value < _SMALL:
+        kind = type(value)
+        if kind is int and -_SMALL < value < _SMALL:
             encoded = b"%d" % value
         elif kind is str and value.isascii():
             encoded = pack(value)
         else:
-            encoded = None
-        if encoded is None:
+            encoded = b""
+        if not encoded or type(name) is not str or not name.isascii():
             [(name, value)] = plain(what, {name: value}).items()  # noqa: PLW2901 - what it was is of no more use
             encoded = encode_plain(value)
         values[name] = value
-        fields[STATE_PREFIX + name.encode()] = encoded
+        fields[prefix + name.encode()] = encoded
     return values, fields
 
 

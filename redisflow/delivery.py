@@ -97,10 +97,6 @@ def _source_of(call: Call, policy: Policy) -> Source:
     return call.script.plain if policy.plain_scripts else call.script.source
 
 
-def _first_command(call: Call, policy: Policy) -> Sequence[bytes]:
-    return call.command(call.script.plain if policy.plain_scripts else call.script.source)
-
-
 def _error(subject: str, failure: Refusal | Lost) -> FlowError:
     """The error that a refusal or a loss is to the caller."""
     if isinstance(failure, Lost):
@@ -172,7 +168,7 @@ def _insist(
         answers = (yield from _send(packet))[len(kills) :]
 
 
-_TROUBLES = (Refusal, Lost)
+TROUBLES = (Refusal, Lost)  # what an answer is that is no reply
 
 
 def _rescue(call: Call, trouble: Refusal | Lost, sent_s: float, policy: Policy) -> Generator[Step, Any, Reply]:
@@ -200,7 +196,7 @@ def _deliver_batch(batch: Batch, policy: Policy) -> Generator[Step, Any, list[Re
         calls = batch.calls[start : start + _BATCH_LIMIT]
         sent_s = policy.clock()
         answers = yield from _send(Packet(calls[0].slot, _commands(calls, policy), sent_s + policy.deadline_s))
-        troubled = [n for n, answer in enumerate(answers) if type(answer) in _TROUBLES]
+        troubled = [n for n, answer in enumerate(answers) if type(answer) in TROUBLES]
         merged = dict(enumerate(answers))
         if troubled:
             settled = yield from _insist([calls[n] for n in troubled], [answers[n] for n in troubled], sent_s, policy)
@@ -274,23 +270,41 @@ _DELIVER: dict[type, Callable[..., Generator[Step, Any, Any]]] = {
 }
 
 
+def first_attempt(call: Call, sent_s: float, policy: Policy) -> Packet:
+    """The packet of a call that is sent for the first time."""
+    command = call.command(call.script.plain if policy.plain_scripts else call.script.source)
+    return Packet(call.slot, (command,), sent_s + policy.deadline_s)
+
+
 def deliver(op: Op[T], policy: Policy) -> Generator[Step, Any, T]:
     """Drive an operation to its end, delivering what it yields."""
-    clock = policy.clock
     try:
         wanted = next(op)
+    except StopIteration as stop:
+        result: T = stop.value
+        return result
+    return (yield from go_on(op, wanted, policy))
+
+
+def go_on(
+    op: Op[T], wanted: Any, policy: Policy, trouble: Refusal | Lost | None = None, sent_s: float = 0.0
+) -> Generator[Step, Any, T]:
+    """Drive an operation on from what it wants; from a call whose first attempt, at `sent_s`, came to trouble."""
+    try:
         while True:
             try:
-                if type(wanted) is Call:  # by far the most: the first attempt has no generator of its own
-                    sent_s = clock()
+                if trouble is not None:
+                    met, trouble = trouble, None
+                    reply = yield from _rescue(wanted, met, sent_s, policy)
+                elif type(wanted) is Call:  # by far the most: the first attempt has no generator of its own
+                    sent_s = policy.clock()
                     try:
-                        (reply,) = yield Packet(
-                            wanted.slot, (_first_command(wanted, policy),), sent_s + policy.deadline_s
-                        )
+                        (reply,) = yield first_attempt(wanted, sent_s, policy)
                     except Lost as lost:
                         reply = lost
-                    if type(reply) in _TROUBLES:
-                        reply = yield from _rescue(wanted, reply, sent_s, policy)
+                    if type(reply) in TROUBLES:
+                        trouble = reply
+                        continue
                 else:
                     reply = yield from _DELIVER[type(wanted)](wanted, policy)
             except FlowError as error:

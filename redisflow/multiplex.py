@@ -17,7 +17,7 @@ import hiredis
 
 from redisflow.aio_wire import AsyncWire
 from redisflow.calls import Lost, Packet, Reply
-from redisflow.wire import no_reply, pack_command, packed, refusal_of
+from redisflow.wire import Line, no_reply, pack_command, packed, refusal_of
 
 if TYPE_CHECKING:
     from redisflow.connection import Endpoint
@@ -26,7 +26,9 @@ if TYPE_CHECKING:
 _LARGE_BYTES, _LARGE_COMMANDS = 64 * 1024, 64
 # Packets under way on one connection; a further caller waits.
 _MAX_UNDER_WAY = 4096
-_WRITE_PACKETS = 16
+# A write takes about half of what is under way: the server is at work on it while the other half is made, and a
+# system call is spared for each packet but the first. No more at once, or callers could pile up bytes.
+_LEAST_WRITE, _LARGEST_WRITE = 16, 256  # packets
 _READ_BYTES = 256 * 1024
 
 
@@ -47,7 +49,7 @@ class _Stream(asyncio.BufferedProtocol):
         self._buffer = bytearray(_READ_BYTES)
         self._reader = hiredis.Reader(replyError=_ErrorReply)
         self._unsent: list[bytes] = []
-        self._lately_under_way, self._write_at = 0, _WRITE_PACKETS
+        self._lately_under_way, self._write_at = 0, _LEAST_WRITE
         # What is under way: whom to tell, how many replies make up the answer, and until when it may take.
         self._pending: deque[tuple[asyncio.Future[list[Reply]], int, float]] = deque()
         self._replies: list[Reply] = []
@@ -87,7 +89,7 @@ class _Stream(asyncio.BufferedProtocol):
             self._transport.write(b"".join(self._unsent))
         self._unsent.clear()
         under_way = self._lately_under_way = max(len(self._pending), self._lately_under_way * 7 // 8)
-        self._write_at = max(_WRITE_PACKETS, under_way // 2)
+        self._write_at = min(max(_LEAST_WRITE, under_way // 2), _LARGEST_WRITE)
 
     # --- what comes back ---
 
@@ -206,25 +208,22 @@ class MultiplexedWire(AsyncWire):
 
     def exchange(self, packet: Packet) -> Awaitable[list[Reply]]:  # type: ignore[override]  # a future is awaitable, too
         """Send a packet and read a reply for each command, as `AsyncWire.exchange`."""
-        self._require_own_loop()
-        if self._closed:
-            raise Lost("the manager was closed", sent=False, lasting=True)
         _, commands, until_s = packet
-        if len(commands) > _LARGE_COMMANDS:
-            return super().exchange(packet)
-        data = pack_command(commands[0]) if len(commands) == 1 else packed(commands)
-        if len(data) > _LARGE_BYTES:
-            return super().exchange(packet)
-        stream = self._stream
-        if stream is not None and stream.open:
-            return stream.send(data, len(commands), until_s)
-        return self._exchange_when_open(data, len(commands), until_s)
+        count, stream = len(commands), self._stream
+        if count <= _LARGE_COMMANDS:
+            data = pack_command(commands[0]) if count == 1 else packed(commands)
+            if len(data) <= _LARGE_BYTES:
+                if stream is not None and stream.open and asyncio.get_running_loop() is self._loop:
+                    return stream.send(data, count, until_s)
+                return self._exchange_when_open(data, count, until_s)
+        return super().exchange(packet)
 
-    async def _exchange_when_open(self, data: bytes, wanted: int, until_s: float) -> list[Reply]:
+    async def _exchange_when_open(self, data: bytes, count: int, until_s: float) -> list[Reply]:
         stream = await self._opened(until_s)
-        return await stream.send(data, wanted, until_s)
+        return await stream.send(data, count, until_s)
 
     async def _opened(self, until_s: float) -> _Stream:
+        self._require_own_loop()
         while True:
             async with self._opening:
                 if self._stream is None or self._stream.lost is not None:
@@ -238,6 +237,14 @@ class MultiplexedWire(AsyncWire):
                 raise Lost("the connection stayed busy until the deadline", sent=False) from None
             if stream.open:  # or all who waited would go in at once
                 return stream
+
+    async def _open(self) -> Line:
+        line = None if self._closed else await super()._open()
+        if line is None or self._closed:  # it may have been closed meanwhile
+            if line is not None:
+                await line.connection.disconnect(nowait=True)
+            raise Lost("the manager was closed", sent=False, lasting=True)
+        return line
 
     async def close(self) -> None:
         """Close every connection, and leave an embedded server. A call under way is lost."""
