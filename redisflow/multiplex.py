@@ -180,10 +180,11 @@ class _Stream(asyncio.BufferedProtocol):
         self.open = False
         if self._watchdog is not None:
             self._watchdog.cancel()
-        self._transport.abort()
-        for future, _, _ in self._pending:
-            if not future.done():
-                _tell(future, no_reply(error, self._client_id))
+        if not self._loop.is_closed():  # or nobody is left to be told, and the socket goes with the transport
+            self._transport.abort()
+            for future, _, _ in self._pending:
+                if not future.done():
+                    _tell(future, no_reply(error, self._client_id))
         self._pending.clear()
         self._room.set()
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import gc
 import random
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -181,6 +183,49 @@ async def test_closing_settles_calls_under_way_and_leaves_nothing_behind(server:
     await flows.aclose()
     assert asyncio.all_tasks() == {asyncio.current_task()}
     await wait_until_async(lambda: connections(server, "closed") == 0, description="the connections to be gone")
+
+
+OUTLIVING = """
+import asyncio, sys
+from redisflow import AsyncFlowManager, StorageError
+
+flows = AsyncFlowManager.from_url(sys.argv[1], prefix=sys.argv[2])
+calls = []
+
+
+async def begin():
+    flow = await flows.create_mirrored(
+        controller_id="c", goal="g", owner_session_key="o", requester_origin="r", state={"n": 0}
+    )
+    calls.extend(asyncio.ensure_future(flows.update_state(flow.id, increment={"n": 1})) for _ in range(50))
+    await asyncio.sleep(0)
+    return flow
+
+
+async def go_on(flow):
+    try:
+        await flows.get(flow)
+    except StorageError as error:
+        assert "another event loop" in str(error)
+    await flows.aclose()
+    read = await flows.get(flow)
+    assert read.state["n"] == read.revision - 1 <= 50
+    await flows.aclose()
+
+
+flow = asyncio.run(begin())
+assert all(call.cancelled() for call in calls)
+asyncio.run(go_on(flow))
+print("went on")
+"""
+
+
+def test_a_manager_outlives_an_event_loop_that_ended_with_calls_under_way(server: Server) -> None:
+    """From another loop it says so; closed there, it goes on there, and nothing was applied twice."""
+    # In a process of its own: Python complains, when it likes, of what a loop left open.
+    command = [sys.executable, "-W", "ignore", "-c", OUTLIVING, server.url, f"m-{uuid4().hex[:8]}"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert (result.returncode, result.stdout) == (0, "went on\n"), result.stderr
 
 
 async def test_opening_and_closing_many_times_leaks_nothing(server: Server) -> None:
