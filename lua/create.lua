@@ -1,6 +1,6 @@
 -- Creates a flow and appends the events that say so.
 --
--- KEYS  1 flow  2 events  3 owner set  4 status set
+-- KEYS  1 flow  2 events  3 owner set  4 status set  5 scratch  there is none before and after
 -- ARGV  1 op          id of this operation: becomes the flow's etag, stands in the events
 --       2 conditions  '' or '<look>|<expected>', see include/look_back.lua and docs/layout.md
 --       3 flow_id
@@ -8,7 +8,7 @@
 --       5 status
 --       6 n_events; then kind and payload pairs, field and value pairs
 -- REPLY created_at | FLOW fields (created before) | EXISTS | UNKNOWN
-local flow_key, events_key, owner_key, status_key = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
+local flow_key, events_key, owner_key, status_key, scratch_key = unpack(KEYS, 1, 5)
 local op, conditions, flow_id, owner, status, n_events = unpack(ARGV, 1, 6)
 local fields_from = 7 + 2 * n_events
 
@@ -25,7 +25,7 @@ if redis.call('HLEN', flow_key) > 0 then
   return {verdict == 'UNKNOWN' and 'UNKNOWN' or 'EXISTS'}
 end
 -- A key of the wrong type must fail here: a script that fails midway keeps what it wrote before.
-redis.call('XLEN', events_key)
+local is_new = redis.call('XLEN', events_key) == 0
 redis.call('ZCARD', owner_key)
 redis.call('ZCARD', status_key)
 
@@ -46,5 +46,10 @@ redis.call('ZADD', status_key, created_at, flow_id)
 for event = 0, revision do
   local kind, payload = unpack(ARGV, 7 + 2 * event, 8 + 2 * event)
   redis.call('XADD', events_key, '*', 'rev', event, 'kind', kind, 'op', op, 'payload', payload)
+end
+if is_new then
+  -- Some 4 KB are allocated for what comes into a new stream. A copy has just what is in it, and grows as it must.
+  redis.call('COPY', events_key, scratch_key, 'REPLACE')
+  redis.call('RENAME', scratch_key, events_key)
 end
 return created_at

@@ -67,6 +67,7 @@ class Partition:
     slot: int
     due: bytes
     waiters: bytes
+    scratch: bytes
     _flow: bytes = attrs.field(repr=False)
     _events: bytes = attrs.field(repr=False)
     _steps: bytes = attrs.field(repr=False)
@@ -86,6 +87,7 @@ class Partition:
             slot=slot_of(tag),
             due=head + b"due",
             waiters=head + b"waiters",
+            scratch=head + b"scratch",
             statuses={status: head + b"status:" + status.encode() for status in FlowStatus},
             flow=head + b"flow:",
             events=head + b"events:",

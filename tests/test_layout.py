@@ -155,6 +155,7 @@ def keys_of(partition: Partition, owner: str) -> list[bytes]:
         *(partition.status(status) for status in FlowStatus),
         partition.due,
         partition.waiters,
+        partition.scratch,
     ]
 
 

@@ -76,6 +76,7 @@ def create(
             partition.events(target.member),
             partition.owner(owner),
             partition.status(status),
+            partition.scratch,
         ),
         (
             target.member,

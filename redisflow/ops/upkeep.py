@@ -77,6 +77,8 @@ def _check_permissions(partition: Partition, meta: bytes) -> Generator[Read, Any
     # Each changes nothing: on keys that do not exist, or, for two, by writing what is there already.
     replies = yield Read(
         [
+            command(partition, b"COPY", events, steps, b"REPLACE"),
+            command(partition, b"RENAME", steps, events),
             *(command(partition, name, flow) for name in (b"EXISTS", b"HGETALL", b"HKEYS", b"HLEN")),
             command(partition, b"HMGET", flow, b"status"),
             command(partition, b"HGET", flow, b"status"),
