@@ -34,8 +34,8 @@ local created_at = now[1] .. string.format('%06d', now[2])
 local revision = n_events - 1
 -- What every change reads and writes comes first: a small hash is searched from its start.
 redis.call(
-  'HSET', flow_key, 'status', status, 'etag', op, 'cancel_requested', '0', 'revision', revision,
-  'updated_at', created_at, 'created_at', created_at
+  'HSET', flow_key, 'status', status, 'etag', op, 'revision', revision, 'updated_at', created_at,
+  'created_at', created_at
 )
 -- unpack() of some 8,000 values overflows Lua's stack.
 for from = fields_from, #ARGV, 4000 do

@@ -256,6 +256,9 @@ _DECODERS: dict[str, Callable[[bytes], Any]] = {
 }
 
 
+# What most flows are without has no field.
+_WHERE_ABSENT = {"wait": None, "cancel_requested": False}
+
 _STATUSES = {status.value.encode(): status for status in FlowStatus}
 
 
@@ -285,7 +288,7 @@ class StoredFlow:
     @property
     def cancel_requested(self) -> bool:
         """Whether a cancel is pending in this version."""
-        return self.fields.get(b"cancel_requested") != b"0"
+        return self.fields.get(b"cancel_requested", b"0") != b"0"
 
     @property
     def etag(self) -> bytes:
@@ -304,8 +307,8 @@ class StoredFlow:
             return self._read_state()
         encoded = self.fields.get(name.encode())
         if encoded is None:
-            if name == "wait":
-                return None
+            if name in _WHERE_ABSENT:
+                return _WHERE_ABSENT[name]
             raise InvalidData(f"flow {self.flow_id} has no field {name!r}: its hash is damaged")
         return self._decoded(name, _DECODERS[name], encoded)
 

@@ -300,7 +300,6 @@ DAMAGE: list[tuple[str, bytes | None]] = [
     ("revision", b""),
     ("revision", None),
     ("cancel_requested", b"2"),
-    ("cancel_requested", None),
     ("created_at", b"yesterday"),
     ("created_at", b"9" * 40),
     ("created_at", None),

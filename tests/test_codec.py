@@ -274,7 +274,6 @@ SOUND_FLOW = {
     b"requester_origin": b"r",
     b"current_step": b"s",
     b"status": b"waiting",
-    b"cancel_requested": b"0",
     b"revision": b"3",
     b"etag": b"e",
     b"created_at": b"1700000000000000",

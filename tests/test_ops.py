@@ -39,7 +39,6 @@ HASH: dict[bytes, bytes] = {
     b"requester_origin": b"r",
     b"current_step": b"s",
     b"status": b"running",
-    b"cancel_requested": b"0",
     b"revision": b"3",
     b"etag": b"e" * 32,
     b"created_at": b"1700000000000000",

@@ -119,7 +119,7 @@ class Transition:
             held = base.fields
             etag = held[b"etag"]
             self.next_revision = b"%d" % (int(held[b"revision"]) + 1)
-            if narrow and held.get(b"cancel_requested") == b"0":
+            if narrow and held.get(b"cancel_requested", b"0") == b"0":
                 copy_status = held[b"status"]
             if WHOLE_STATE in held and change.merge == b"patch":
                 change = attrs.evolve(change, merge=b"over")

@@ -92,8 +92,8 @@ def create(
     )
     match reply:
         case bytes() as created_at:
-            fields |= {b"status": status.value.encode(), b"cancel_requested": b"0"}
-            fields |= {b"revision": b"%d" % (len(events) // 2 - 1), b"etag": op.encode()}
+            fields |= {b"status": status.value.encode(), b"etag": op.encode()}
+            fields |= {b"revision": b"%d" % (len(events) // 2 - 1)}
             fields |= {b"created_at": created_at, b"updated_at": created_at}
             return Flow.from_stored(StoredFlow(target.flow_id, target.member, fields))
         case [b"FLOW", stored]:
