@@ -19,10 +19,12 @@ for name in require("lfs").dir("lua/include") do
     end
 end
 
--- The prelude of redisflow/scripts.py.
+-- The preludes of redisflow/scripts.py.
+files["lua/append_event.lua"] = { read_globals = { "EVENT_MAXLEN" } }
+files["lua/observe_step.lua"] = { read_globals = { "EVENT_MAXLEN" } }
 files["lua/transition.lua"] = {
     read_globals = {
-        "COPY_STATUS", "TARGET", "WHEN_PENDING", "WHEN_TERMINAL", "STATUSES", "TERMINAL", "SOURCES", "WITH_EVENT", "FIELDS_FROM",
+        "EVENT_MAXLEN", "COPY_STATUS", "TARGET", "WHEN_PENDING", "WHEN_TERMINAL", "STATUSES", "TERMINAL", "SOURCES", "WITH_EVENT", "FIELDS_FROM",
         "created_key", "running_key", "waiting_key", "target_key", "due_key", "waiters_key", "kind", "merge", "due_at", "waiter", "wake",
         "stamp_field", "stamp_head", "stamp_tail", "n_unset", "n_increment",
     },

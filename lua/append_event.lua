@@ -1,5 +1,7 @@
 -- Appends an audit entry; the flow itself does not change.
 --
+-- A prelude binds EVENT_MAXLEN: about how many entries the trail keeps, nil for all.
+--
 -- KEYS  1 flow  2 events
 -- ARGV  1 op          id of this operation: stands in the event
 --       2 conditions  '' or '<look>|<expected>', see include/look_back.lua and docs/layout.md
@@ -16,5 +18,9 @@ if entry then
 elseif refusal then
   return refusal
 end
-local event_id = redis.call('XADD', events_key, '*', 'rev', revision, 'kind', kind, 'op', op, 'payload', payload)
+local event_id = EVENT_MAXLEN
+  and redis.call(
+    'XADD', events_key, 'MAXLEN', '~', EVENT_MAXLEN, '*', 'rev', revision, 'kind', kind, 'op', op, 'payload', payload
+  )
+  or redis.call('XADD', events_key, '*', 'rev', revision, 'kind', kind, 'op', op, 'payload', payload)
 return {'OK', event_id, revision}

@@ -4,6 +4,8 @@
 -- of an old one without decoding it: array header (1 byte), id (bin of 16: 18 bytes), created_at (text of 16
 -- digits: 17 bytes), updated_at (17 bytes), child_session_key (nil or text), then the rest as it came.
 --
+-- A prelude binds EVENT_MAXLEN: about how many entries the trail keeps, nil for all.
+--
 -- KEYS  1 flow  2 events  3 steps
 -- ARGV  1 op          id of this operation: stands in the event
 --       2 conditions  '' or '<look>|<expected>', see include/look_back.lua and docs/layout.md
@@ -67,5 +69,11 @@ if old then
 end
 local step = head .. created_at .. observed_at .. child .. tail
 redis.call('HSET', steps_key, run_id, step)
-redis.call('XADD', events_key, '*', 'rev', revision, 'kind', kind, 'op', op, 'payload', payload)
+if EVENT_MAXLEN then
+  redis.call(
+    'XADD', events_key, 'MAXLEN', '~', EVENT_MAXLEN, '*', 'rev', revision, 'kind', kind, 'op', op, 'payload', payload
+  )
+else
+  redis.call('XADD', events_key, '*', 'rev', revision, 'kind', kind, 'op', op, 'payload', payload)
+end
 return {'OK', step}

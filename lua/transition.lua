@@ -9,6 +9,7 @@
 --   WHEN_TERMINAL     refuse | ignore
 --   STATUSES, TERMINAL, SOURCES   all statuses, the terminal ones, those it may start from: each between bars
 --   WITH_EVENT        whether the caller wants the event's id
+--   EVENT_MAXLEN      about how many events the trail keeps; nil for all
 --   created_key, running_key, waiting_key   the sets of the statuses it may start from, or of
 --                     COPY_STATUS; nil for the others
 --   target_key        the set of the status it leads to; nil for the same
@@ -177,7 +178,12 @@ end
 if waiter and waiter ~= '' then
   call('ZADD', waiters_key, 0, waiter .. flow_id)
 end
-local event_id = call('XADD', events_key, '*', 'rev', next_revision, 'kind', kind, 'op', op, 'payload', payload)
+local event_id = EVENT_MAXLEN
+  and call(
+    'XADD', events_key, 'MAXLEN', '~', EVENT_MAXLEN, '*', 'rev', next_revision, 'kind', kind, 'op', op,
+    'payload', payload
+  )
+  or call('XADD', events_key, '*', 'rev', next_revision, 'kind', kind, 'op', op, 'payload', payload)
 
 if not current then
   return {'FLOW', call('HGETALL', flow_key), event_id, next_revision}

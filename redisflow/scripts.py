@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from functools import cache
 from itertools import count
 from pathlib import Path
 
@@ -71,8 +72,6 @@ class Script:
 
 
 CREATE = Script.load("create")
-APPEND_EVENT = Script.load("append_event")
-OBSERVE_STEP = Script.load("observe_step")
 DELETE = Script.load("delete", flags=ALLOW_OOM)
 
 
@@ -114,18 +113,28 @@ class TransitionScript:
         return (partition.flow(member), partition.events(member), *indexes)
 
     @classmethod
-    def load(cls, verb: Verb, copy_status: FlowStatus | None) -> TransitionScript:
+    def load(cls, verb: Verb, copy_status: FlowStatus | None, event_maxlen: int | None) -> TransitionScript:
         """Load lua/transition.lua behind the verb's prelude."""
         sources = verb.sources if copy_status is None else (copy_status,)
         changes_wait = verb.target is not None or "wake" in verb.takes
         touches_waits = verb.target is FlowStatus.WAITING or (changes_wait and FlowStatus.WAITING in sources)
         # What ends or frees work goes on when the server is out of memory.
         flags = ALLOW_OOM if verb.allow_oom else ""
-        prelude = _prelude(verb, copy_status, sources, touches_waits=touches_waits)
-        return cls(verb, sources, touches_waits, Script.load("transition", flags=flags, prelude=prelude))
+        prelude = _verb_prelude(verb, copy_status, sources, touches_waits=touches_waits)
+        return cls(
+            verb,
+            sources,
+            touches_waits,
+            Script.load("transition", flags=flags, prelude=_trail_prelude(event_maxlen) + prelude),
+        )
 
 
-def _prelude(
+def _trail_prelude(event_maxlen: int | None) -> str:
+    bound = "nil" if event_maxlen is None else f"'{event_maxlen}'"
+    return f"local EVENT_MAXLEN = {bound}\n"
+
+
+def _verb_prelude(
     verb: Verb, copy_status: FlowStatus | None, sources: tuple[FlowStatus, ...], *, touches_waits: bool
 ) -> str:
     """A verb's row of the transition table as the constants and bindings that lua/transition.lua names."""
@@ -153,9 +162,37 @@ def _prelude(
     return f"local {', '.join(bindings)} =\n  {', '.join(bindings.values())}\n"
 
 
-# By verb and the status of the caller's copy as it is stored, where it is one the verb may start from.
-TRANSITIONS = {
-    (verb, copy_status and copy_status.encode()): TransitionScript.load(verb, copy_status)
-    for verb in (*VERBS, *REWRITES.values())
-    for copy_status in (*verb.sources, None)
-}
+# --- what appends to a trail ---------------------------------------------------------------------------
+
+
+@attrs.frozen(eq=False)
+class Appending:
+    """The scripts that append to a trail, for one bound of its length.
+
+    Attributes:
+        transitions: by verb and the status of the caller's copy as it is stored, where it is one the verb may start
+            from.
+    """
+
+    append_event: Script
+    observe_step: Script
+    transitions: Mapping[tuple[Verb, bytes | None], TransitionScript]
+
+    @classmethod
+    @cache  # managers with the same bound share them
+    def keeping(cls, event_maxlen: int | None) -> Appending:
+        """Load those that keep about so many events of a flow, `None` for all."""
+        prelude = _trail_prelude(event_maxlen)
+        transitions = {
+            (verb, None if copy_status is None else copy_status.encode()): TransitionScript.load(
+                verb, copy_status, event_maxlen
+            )
+            for verb in (*VERBS, *REWRITES.values())
+            for copy_status in (*verb.sources, None)
+        }
+        return cls(
+            Script.load("append_event", prelude=prelude), Script.load("observe_step", prelude=prelude), transitions
+        )
+
+
+UNTRIMMED = Appending.keeping(None)

@@ -9,6 +9,9 @@ import attrs
 from redisflow.delivery import Policy
 from redisflow.errors import InvalidData
 from redisflow.ops.namespace import DEFAULT_MAX_PAYLOAD_BYTES, Namespace
+from redisflow.scripts import Appending
+
+_LEAST_EVENTS, _MOST_EVENTS = 100, 2**63 - 1  # what lua/include/look_back.lua reads at least; what XADD takes
 
 
 def _positive(_: object, attribute: attrs.Attribute[Any], value: object) -> None:
@@ -21,6 +24,16 @@ def _whole(_: object, attribute: attrs.Attribute[Any], value: object) -> None:
         raise InvalidData(f"{attribute.name} must be a whole number, 1 or more, not {value!r}")
 
 
+def _trail(_: object, attribute: attrs.Attribute[Any], value: object) -> None:
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value > _MOST_EVENTS):
+        raise InvalidData(f"{attribute.name} must be a whole number of 64 bits, or None, not {value!r}")
+    if value is not None and value < _LEAST_EVENTS:
+        raise InvalidData(
+            f"{attribute.name} must be {_LEAST_EVENTS} or more, not {value}: a resend looks through the last "
+            f"{_LEAST_EVENTS} events for what its first attempt did"
+        )
+
+
 @attrs.frozen(kw_only=True)
 class Settings:
     """The options of a manager.
@@ -31,6 +44,7 @@ class Settings:
             new one.
         deadline_s: seconds for which a call is tried again before it gives up.
         max_payload_bytes: limit of what one call may store, encoded.
+        event_maxlen: about how many events of a flow are kept where this manager adds one, 100 or more; `None` for all.
         max_connections: how many connections may carry calls at once; a further call waits. In asyncio this is for
             large calls: small ones share a connection, up to 4,096 at a time.
         allow_eviction: connect even to a server that may evict flows.
@@ -40,12 +54,14 @@ class Settings:
     partitions: int | None = None
     deadline_s: float = attrs.field(default=15.0, validator=_positive)
     max_payload_bytes: int = attrs.field(default=DEFAULT_MAX_PAYLOAD_BYTES, validator=_whole)
+    event_maxlen: int | None = attrs.field(default=None, validator=_trail)
     max_connections: int = attrs.field(default=50, validator=_whole)
     allow_eviction: bool = False
 
     def namespace(self) -> Namespace:
         """The namespace these options name."""
-        return Namespace(self.prefix, self.partitions, self.max_payload_bytes)
+        appending = Appending.keeping(self.event_maxlen)
+        return Namespace(self.prefix, self.partitions, self.max_payload_bytes, appending)
 
     def policy(self, *, real_server: bool) -> Policy:
         """How calls are delivered under these options."""

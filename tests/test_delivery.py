@@ -35,7 +35,7 @@ Answer = Any  # what a packet gets: replies, a Lost, or a function of the packet
 def call(n: int = 0) -> Call:
     """The n-th call of a test."""
     op = f"{n:032x}" if n else OP
-    return Call(scripts.APPEND_EVENT, 7, (b"{t}:k%d" % n,), (b"rest",), UUID(int=n), op)
+    return Call(scripts.UNTRIMMED.append_event, 7, (b"{t}:k%d" % n,), (b"rest",), UUID(int=n), op)
 
 
 def one(wanted: Any) -> Generator[Any, Any, Any]:
@@ -104,7 +104,7 @@ def test_a_call_that_is_answered_is_sent_once_and_says_no_span() -> None:
     """The ordinary path: the script's SHA, its keys, its arguments as they are."""
     world = World([b"reply"])
     assert world.run(one(call())) == b"reply"
-    sha = scripts.APPEND_EVENT.source.sha
+    sha = scripts.UNTRIMMED.append_event.source.sha
     command = (b"EVALSHA", sha, b"1", b"{t}:k0", OP.encode(), b"", b"rest")
     assert world.packets == [Packet(7, (command,), until_s=world.sent_at[0] + 15.0)]
     assert world.pauses == []
@@ -253,7 +253,7 @@ def test_an_unknown_script_is_sent_as_text_at_once() -> None:
     world = World(refuse("NOSCRIPT"), [b"reply"])
     assert world.run(one(call())) == b"reply"
     assert world.pauses == []
-    text = scripts.APPEND_EVENT.source.text
+    text = scripts.UNTRIMMED.append_event.source.text
     assert world.commands(1) == [[b"EVAL", text, b"1", b"{t}:k0", OP.encode(), b"", b"rest"]]
 
 
@@ -277,10 +277,10 @@ def test_fakeredis_gets_scripts_without_a_shebang() -> None:
     """By SHA and as text."""
     world = World(refuse("NOSCRIPT"), [b"reply"])
     world.run(one(call()), plain_scripts=True)
-    assert world.commands(0)[0][1] == scripts.APPEND_EVENT.plain.sha
-    assert world.commands(1)[0][1] == scripts.APPEND_EVENT.plain.text
-    assert not scripts.APPEND_EVENT.plain.text.startswith(b"#!")
-    assert scripts.APPEND_EVENT.source.text.startswith(b"#!lua")
+    assert world.commands(0)[0][1] == scripts.UNTRIMMED.append_event.plain.sha
+    assert world.commands(1)[0][1] == scripts.UNTRIMMED.append_event.plain.text
+    assert not scripts.UNTRIMMED.append_event.plain.text.startswith(b"#!")
+    assert scripts.UNTRIMMED.append_event.source.text.startswith(b"#!lua")
 
 
 # --- batches

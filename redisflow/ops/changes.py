@@ -50,7 +50,6 @@ from redisflow.ops.namespace import (
     target_of,
     whole_number,
 )
-from redisflow.scripts import TRANSITIONS
 from redisflow.waits import AnyWait, require_name
 
 NO_CHANGE = Change()
@@ -123,7 +122,8 @@ class Transition:
                 copy_status = held[b"status"]
             if WHOLE_STATE in held and change.merge == b"patch":
                 change = attrs.evolve(change, merge=b"over")
-        script = TRANSITIONS.get((verb, copy_status)) or TRANSITIONS[verb, None]
+        scripts = namespace.appending.transitions
+        script = scripts.get((verb, copy_status)) or scripts[verb, None]
         partition = namespace.keyspace.partition_of(flow_id)
         args = [member, etag, self.next_revision, self.payload]
         for name in verb.takes:

@@ -25,6 +25,7 @@ from redisflow.errors import (
 )
 from redisflow.flow import Flow, FlowRef, FlowStatus
 from redisflow.keys import Keyspace, Partition, require_partitions, require_prefix
+from redisflow.scripts import UNTRIMMED, Appending
 from redisflow.waits import require_aware, to_us
 
 log = logging.getLogger("redisflow")
@@ -40,12 +41,14 @@ class Namespace:
     Attributes:
         partitions: as the caller gave it; `None` takes what the namespace has.
         max_payload_bytes: limit of what one call may store, encoded.
+        appending: the scripts that append to a trail, and trim it or not.
         keyspace: known once connected.
     """
 
     prefix: str = attrs.field(converter=require_prefix)
     partitions: int | None = attrs.field(default=None, converter=attrs.converters.optional(require_partitions))
     max_payload_bytes: int = DEFAULT_MAX_PAYLOAD_BYTES
+    appending: Appending = UNTRIMMED
     _keyspace: Keyspace | None = None
 
     @property

@@ -6,7 +6,6 @@ from collections.abc import Generator
 from typing import Any, TypeVar
 from uuid import uuid4
 
-from redisflow import scripts
 from redisflow.calls import Call, Read, command
 from redisflow.codec import event_time, pack, read_event, read_step, step_head, step_tail, unpack
 from redisflow.errors import InvalidData
@@ -49,7 +48,7 @@ def append_event(
     expected = expectation(target, expected_revision)
     partition = partition_of(namespace, target)
     reply = yield Call(
-        scripts.APPEND_EVENT,
+        namespace.appending.append_event,
         partition.slot,
         (partition.flow(target.member), partition.events(target.member)),
         (kind_bytes, packed),
@@ -154,7 +153,7 @@ def record_step_observation(
     expected = expectation(target, expected_revision)
     partition = partition_of(namespace, target)
     reply = yield Call(
-        scripts.OBSERVE_STEP,
+        namespace.appending.observe_step,
         partition.slot,
         (
             partition.flow(target.member),

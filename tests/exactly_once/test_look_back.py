@@ -200,6 +200,107 @@ def test_a_trail_trimmed_between_two_attempts_makes_the_outcome_unknown(
     assert len(direct.list_events(flow_id if flow is None else flow)) == 4
 
 
+@pytest.mark.parametrize("name", ["update_state", "append_event", "record_step_observation", "mutate"])
+def test_a_resend_behind_more_changes_than_the_trail_keeps_is_not_applied(
+    proxy: FaultProxy, direct: FlowManager, server: Server, prefix: str, name: str
+) -> None:
+    """`event_maxlen` has trimmed away what the first attempt left: `OutcomeUnknown`, applied once."""
+    status, kind, verb = VERBS[name]
+    flow = prepared(direct, status)
+    revisions: list[int] = []
+
+    with (
+        FlowManager.from_url(server.url, prefix=prefix, event_maxlen=100) as others,
+        FlowManager.from_url(proxy.url, prefix=prefix, event_maxlen=100) as flows,
+    ):
+
+        def plan(command: list[bytes]) -> Fault:
+            call = sent(command)
+            if call is None:
+                return PASS
+            if not call[2]:
+                return CUT_REPLY
+            for _ in range(250):
+                others.append_event(flow, "aside")
+            others.update_state(flow, increment={"aside": 1})
+            assert kind not in {event.kind for event in direct.iter_events(flow) if event.kind != "state_updated"}
+            revisions.append(direct.get(flow).revision)  # type: ignore[union-attr]  # it exists
+            return PASS
+
+        verb(flows, prepared(direct, status), None)  # the server has the script: what is cut off is its reply
+        proxy.plan = plan
+        with pytest.raises(OutcomeUnknown):
+            verb(flows, flow, None)
+    now = direct.get(flow)
+    assert now is not None
+    assert [now.revision] == revisions
+    assert now.state.get("n") == (5 if name == "update_state" else 0)
+    assert {event.kind for event in direct.iter_events(flow)} <= {"aside", "state_updated"}
+
+
+@pytest.mark.parametrize("name", ["finish", "update_state", "update_and_append"])
+def test_the_last_change_of_a_flow_is_known_without_its_event(
+    proxy: FaultProxy, direct: FlowManager, server: Server, prefix: str, name: str
+) -> None:
+    """The flow's own etag tells, however many notes have pushed the event out."""
+    status, _, verb = VERBS[name]
+    flow = prepared(direct, status)
+
+    with (
+        FlowManager.from_url(server.url, prefix=prefix, event_maxlen=100) as others,
+        FlowManager.from_url(proxy.url, prefix=prefix, event_maxlen=100) as flows,
+    ):
+
+        def plan(command: list[bytes]) -> Fault:
+            call = sent(command)
+            if call is None:
+                return PASS
+            if not call[2]:
+                return CUT_REPLY
+            for _ in range(250):
+                others.append_event(flow, "aside")
+            return PASS
+
+        verb(flows, prepared(direct, status), None)
+        proxy.plan = plan
+        outcome = verb(flows, flow, None)
+    changed = outcome[0] if isinstance(outcome, tuple) else outcome
+    assert changed == direct.get(flow)
+    assert changed.revision == flow.revision + 1
+    assert {event.kind for event in direct.iter_events(flow)} == {"aside"}
+
+
+@pytest.mark.parametrize("name", ["update_state", "append_event", "finish"])
+def test_a_resend_behind_as_many_changes_as_the_trail_keeps_is_found(
+    proxy: FaultProxy, direct: FlowManager, server: Server, prefix: str, name: str
+) -> None:
+    """The newest `event_maxlen` events are all there: the call answers as it would have."""
+    status, kind, verb = VERBS[name]
+    flow = prepared(direct, status)
+    for _ in range(300):  # so that blocks are there to be dropped
+        direct.append_event(flow, "before")
+
+    with (
+        FlowManager.from_url(server.url, prefix=prefix, event_maxlen=100) as others,
+        FlowManager.from_url(proxy.url, prefix=prefix, event_maxlen=100) as flows,
+    ):
+
+        def plan(command: list[bytes]) -> Fault:
+            call = sent(command)
+            if call is None:
+                return PASS
+            if not call[2]:
+                return CUT_REPLY
+            for _ in range(99):
+                others.append_event(flow, "aside")
+            return PASS
+
+        verb(flows, prepared(direct, status), None)
+        proxy.plan = plan
+        verb(flows, flow, None)
+    assert [event.kind for event in direct.iter_events(flow)].count(kind) == 1
+
+
 # --- scripts the server does not know ----------------------------------------------------------------------------
 
 

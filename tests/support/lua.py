@@ -9,8 +9,14 @@ from redisflow import scripts
 LUA = Path(__file__).parents[2] / "lua"
 EVERY_SCRIPT = (
     scripts.CREATE,
-    scripts.APPEND_EVENT,
-    scripts.OBSERVE_STEP,
     scripts.DELETE,
-    *(transition.script for transition in scripts.TRANSITIONS.values()),
+    *(
+        script
+        for appending in (scripts.UNTRIMMED, scripts.Appending.keeping(1000))
+        for script in (
+            appending.append_event,
+            appending.observe_step,
+            *(transition.script for transition in appending.transitions.values()),
+        )
+    ),
 )
