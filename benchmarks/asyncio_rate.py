@@ -4,7 +4,8 @@ Subject: `await flows.update_state(flow, patch)` of 1, 50 and 500 tasks. Yardsti
 
 - a bare protocol loop, the least that asyncio asks for: one connection, an `asyncio.Protocol`, `hiredis` to pack
   and parse, writes joined once per turn of the loop, a future per call;
-- redis-py's asyncio client with a pool of connections and `await client.evalsha(sha, n, *keys, *args)`.
+- redis-py's asyncio client and `await client.evalsha(sha, n, *keys, *args)`, with a pool that has a connection for
+  each call under way; for 500 tasks also with one of 50, which is faster there.
 
 Fair, because the yardsticks send what the library's own operations would, recorded beforehand for other flows like
 these, so that the script does the same work and gives the same small reply. What the library does for its caller
@@ -14,6 +15,7 @@ these, so that the script does the same work and gives the same small reply. Wha
 from __future__ import annotations
 
 import asyncio
+import statistics
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
@@ -26,42 +28,57 @@ import hiredis
 import redis.asyncio
 
 from benchmarks.lives import answered, create, is_small, load_scripts
-from benchmarks.measure import Command, Plan, Row, compare, interleaved
+from benchmarks.measure import Command, Curve, Plan, Row, compare, interleaved
 from benchmarks.server import Server
 from redisflow import AsyncFlowManager, Flow, FlowManager
 from redisflow.ops import changes
 
-_YARDSTICKS = ("bare protocol loop", "redis-py, pooled")
-# How many tasks, and the least ratio to each yardstick.
-_CALLERS: dict[int, tuple[float | None, float | None]] = {1: (None, 0.95), 50: (0.75, 3.0), 500: (0.75, 5.0)}
+_BARE, _EACH, _FEW = "bare protocol loop", "redis-py, a connection each", "redis-py, 50 connections"
+# How many tasks, and the least ratio to a yardstick; those without one are in the picture alone.
+_TARGETS: dict[int, dict[str, float | None]] = {
+    1: {_BARE: None, _EACH: 0.95},
+    10: {},
+    50: {_BARE: 0.75, _EACH: 3.0},
+    200: {},
+    500: {_BARE: 0.75, _EACH: 5.0, _FEW: None},
+}
 _CALLS = 20_000  # of all callers together; of one caller a tenth
-_POOLED = 50  # connections of redis-py's pool: more were slower
+_FEW_CONNECTIONS = 50
 
 # Carries out one recorded command.
 Client = Callable[[Command], Awaitable[Any]]
 
 
-def run(server: Server, plan: Plan) -> Iterator[Row]:
-    """Measure the rows."""
+def run(server: Server, plan: Plan) -> Iterator[Row | Curve]:
+    """Measure the rows, and the curves from the same rounds."""
+    rates: dict[str, list[tuple[float, float]]] = {}
     with (
         server.client() as client,
         FlowManager.from_url(server.url, prefix="rate") as flows,
         asyncio.Runner() as runner,
     ):
-        for callers, targets in _CALLERS.items():
+        for callers, targets in _TARGETS.items():
             client.flushall()
             load_scripts(flows)
             calls = plan.size(_CALLS) // callers // (10 if callers == 1 else 1)
-            contestants = (
-                partial(_library_rate, server, flows, callers, calls),
-                partial(_recorded_rate, flows, callers, calls, partial(_bare, server)),
-                partial(_recorded_rate, flows, callers, calls, partial(_pooled, server)),
-            )
-            rounds = interleaved(plan.repeats, *[partial(_in_loop, runner, rate) for rate in contestants])
-            for column, (yardstick, at_least) in enumerate(zip(_YARDSTICKS, targets, strict=True), 1):
-                pairs = [(rates[0], rates[column]) for rates in rounds]
-                name = f"asyncio update_state, {callers} callers"
+            recorded = partial(_recorded_rate, flows, callers, calls)
+            contestants = {
+                "redisflow": partial(_library_rate, server, flows, callers, calls),
+                _BARE: partial(recorded, partial(_bare, server)),
+                _EACH: partial(recorded, partial(_pooled, server, callers)),
+            }
+            if callers > _FEW_CONNECTIONS:
+                contestants[_FEW] = partial(recorded, partial(_pooled, server, _FEW_CONNECTIONS))
+            rounds = interleaved(plan.repeats, *[partial(_in_loop, runner, rate) for rate in contestants.values()])
+            measured = dict(zip(contestants, zip(*rounds, strict=True), strict=True))
+            for yardstick, at_least in targets.items():
+                pairs = list(zip(measured["redisflow"], measured[yardstick], strict=True))
+                name = f"asyncio update_state, {callers} {'caller' if callers == 1 else 'callers'}"
                 yield compare(name, yardstick, pairs, unit="calls/s", at_least=at_least)
+            for contestant, all_rates in measured.items():
+                rates.setdefault(contestant, []).append((callers, statistics.median(all_rates)))
+    for contestant, points in rates.items():
+        yield Curve("Rate against concurrency", contestant, "concurrent callers", "calls per second", points)
 
 
 def _in_loop(runner: asyncio.Runner, rate: Callable[[], Any]) -> float:
@@ -119,12 +136,13 @@ def _recorded(flows: FlowManager, flow: Flow, calls: int) -> list[Command]:
 
 
 @asynccontextmanager
-async def _pooled(server: Server) -> AsyncIterator[Client]:
+async def _pooled(server: Server, connections: int) -> AsyncIterator[Client]:
     """redis-py, as its documentation has it for more callers than connections: a pool that makes them wait."""
     pool = redis.asyncio.BlockingConnectionPool(
-        host="127.0.0.1", port=server.port, max_connections=_POOLED, timeout=None
+        host="127.0.0.1", port=server.port, max_connections=connections, timeout=None
     )
     async with redis.asyncio.Redis.from_pool(pool) as client:
+        await asyncio.gather(*[client.ping() for _ in range(connections)])  # connected before time is taken
 
         async def call(command: Command) -> Any:
             _, script, count, *given = command
