@@ -42,7 +42,8 @@ class FlowBatch:
         self._flows = flows
         self._namespace = flows.namespace
         self._queued: list[Queued[Any]] = []
-        self._flow_ids: set[UUID] = set()
+        self._flow_ids: set[UUID] = set()  # of all verbs so far
+        self._firsts: dict[UUID, Queued[Any]] = {}  # each flow's first verb of those that are queued
         self._sender: ThreadPoolExecutor | None = None
         self._under_way: Future[None] | None = None
 
@@ -76,14 +77,19 @@ class FlowBatch:
             under_way.result()
 
     def _packet(self) -> Op[None]:
-        queued, self._queued, self._flow_ids = self._queued, [], set()
+        queued, self._queued, self._firsts = self._queued, [], {}
         return carry_out(queued)
 
     def _queue(self, op: Op[T]) -> Queued[T]:
         queued = Queued(op)
         if queued.flow_id in self._flow_ids:
-            queued.widen()  # a verb before it may change the status, and a second round trip the order
+            # Were one of them answered that its copy is of another status, its second round trip would be behind the
+            # others.
+            queued.widen()
+            if (first := self._firsts.get(queued.flow_id)) is not None:
+                first.widen()
         self._flow_ids.add(queued.flow_id)
+        self._firsts.setdefault(queued.flow_id, queued)
         self._queued.append(queued)
         if len(self._queued) == _PACKET:
             self._send_behind()

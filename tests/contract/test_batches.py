@@ -124,6 +124,18 @@ def test_verbs_of_one_flow_are_carried_out_in_their_order(sync_flows: FlowManage
     with sync_flows.batch() as batch:
         again = [batch.start_running(copy), batch.update_state(copy, {"n": 1}), batch.finish(copy)]
     assert [one.result().revision for one in again] == [1, 2, 3]
+    behind = create(sync_flows)
+    sync_flows.start_running(behind.id)  # by somebody else
+    with sync_flows.batch() as batch:
+        late = [batch.update_state(behind, {"n": 1}), batch.finish(behind)]
+    assert [one.result().revision for one in late] == [2, 3]
+    spread = create(sync_flows)
+    with sync_flows.batch() as batch:
+        apart = [batch.start_running(spread)]
+        for _ in range(499):
+            batch.append_event(other, "note")
+        apart += [batch.update_state(spread, {"n": 1}), batch.finish(spread)]
+    assert [one.result().revision for one in apart] == [1, 2, 3]
 
 
 def test_a_stale_copy_of_another_status_is_no_obstacle(sync_flows: FlowManager) -> None:
