@@ -259,8 +259,6 @@ _DECODERS: dict[str, Callable[[bytes], Any]] = {
 # What most flows are without has no field.
 _WHERE_ABSENT = {"wait": None, "cancel_requested": False}
 
-_STATUSES = {status.value.encode(): status for status in FlowStatus}
-
 
 @attrs.define(eq=False)  # not frozen, though nothing changes one: every operation makes one, and it takes longer
 class StoredFlow:
@@ -279,16 +277,6 @@ class StoredFlow:
     def revision(self) -> int:
         """The revision of this version."""
         return int(self.fields[b"revision"])
-
-    @property
-    def status(self) -> FlowStatus:
-        """The status of this version."""
-        return _STATUSES[self.fields[b"status"]]
-
-    @property
-    def cancel_requested(self) -> bool:
-        """Whether a cancel is pending in this version."""
-        return self.fields.get(b"cancel_requested", b"0") != b"0"
 
     @property
     def etag(self) -> bytes:
