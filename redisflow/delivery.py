@@ -272,8 +272,7 @@ _DELIVER: dict[type, Callable[..., Generator[Step, Any, Any]]] = {
 
 def first_attempt(call: Call, sent_s: float, policy: Policy) -> Packet:
     """The packet of a call that is sent for the first time."""
-    command = call.command(call.script.plain if policy.plain_scripts else call.script.source)
-    return Packet(call.slot, (command,), sent_s + policy.deadline_s)
+    return Packet(call.slot, (call.command(_source_of(call, policy)),), sent_s + policy.deadline_s)
 
 
 def deliver(op: Op[T], policy: Policy) -> Generator[Step, Any, T]:

@@ -17,7 +17,7 @@ import hiredis
 
 from redisflow.aio_wire import AsyncWire
 from redisflow.calls import Lost, Packet, Reply
-from redisflow.wire import Line, no_reply, pack_command, packed, refusal_of
+from redisflow.wire import Line, no_reply, packed, refusal_of
 
 if TYPE_CHECKING:
     from redisflow.connection import Endpoint
@@ -212,7 +212,7 @@ class MultiplexedWire(AsyncWire):
         _, commands, until_s = packet
         count, stream = len(commands), self._stream
         if count <= _LARGE_COMMANDS:
-            data = pack_command(commands[0]) if count == 1 else packed(commands)
+            data = packed(commands)
             if len(data) <= _LARGE_BYTES:
                 if stream is not None and stream.open and asyncio.get_running_loop() is self._loop:
                     return stream.send(data, count, until_s)

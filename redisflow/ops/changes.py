@@ -41,10 +41,10 @@ from redisflow.ops.fields import (
     state_field,
 )
 from redisflow.ops.namespace import (
-    DEEP,
     Namespace,
     Target,
     expectation,
+    look_of,
     op_id_of,
     raise_refusal,
     target_of,
@@ -98,7 +98,7 @@ class Transition:
             namespace.require_room("the event's payload", [payload])
             namespace.require_room("the change", change.fields.values())
         expected = b"" if expected_revision is None else expectation(target, expected_revision)
-        return cls(target, verb, change, payload, expected, op_id_of(op_id), b"" if op_id is None else DEEP)
+        return cls(target, verb, change, payload, expected, op_id_of(op_id), look_of(op_id))
 
     def run(self, namespace: Namespace) -> Generator[Call, Any, Flow]:
         """Call the script. Returns the flow after the change."""

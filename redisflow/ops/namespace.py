@@ -189,12 +189,9 @@ def status_of(status: object) -> FlowStatus:
         raise InvalidData(f"not a flow status: {status!r}; one of {choices}") from None
 
 
-DEEP = b"deep"
-
-
 def look_of(op_id: object) -> bytes:
     """Whether a first attempt must look for its op: only where the caller brought it."""
-    return b"" if op_id is None else DEEP
+    return b"" if op_id is None else b"deep"
 
 
 def expectation(target: Target, revision: object) -> bytes:
