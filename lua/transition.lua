@@ -170,10 +170,16 @@ if stamp_field then
   --- include: rfc3339.lua
   call('HSET', flow_key, stamp_field, stamp_head .. rfc3339(now[1], now[2]) .. stamp_tail)
 end
+local look_at = due_at
 if wake == '1' and due_key and (TARGET or status) == 'waiting' then
-  call('ZADD', due_key, updated_at, flow_id)
-elseif due_at and due_at ~= '' then
-  call('ZADD', due_key, due_at, flow_id)
+  look_at = updated_at
+end
+if look_at and look_at ~= '' then
+  call('ZADD', due_key, look_at, flow_id)
+  if call('ZRANGE', due_key, 0, 0)[1] == flow_id then
+    -- Engines sleep until what was first. Without permission for the channel they sleep their interval out.
+    redis.pcall('PUBLISH', due_key, look_at)
+  end
 end
 if waiter and waiter ~= '' then
   call('ZADD', waiters_key, 0, waiter .. flow_id)

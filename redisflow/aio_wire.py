@@ -6,14 +6,27 @@ import asyncio
 import os
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from redis import exceptions as client_errors
 
 from redisflow.calls import Block, Lost, Packet, Reply
 from redisflow.errors import StorageError
-from redisflow.wire import CLIENT_ID, Line, is_refusal, no_reply, not_sent, packed, refusal_of, xread
+from redisflow.wire import (
+    CLIENT_ID,
+    SETTLE_S,
+    Line,
+    are_permitted,
+    is_refusal,
+    no_reply,
+    not_sent,
+    packed,
+    refusal_of,
+    subscribing,
+    xread,
+)
 
 if TYPE_CHECKING:
     from redisflow.connection import Endpoint
@@ -69,6 +82,23 @@ class AsyncWire:
         command = xread(block, self._endpoint.socket_timeout_s)
         return await self._exchange_over(self._idle_blocking, [command])
 
+    async def subscribe(self, channels: Sequence[bytes]) -> Any:
+        """A connection of its own that hears channels; `None` if the user may not.
+
+        Raises:
+            Lost: the connection failed.
+        """
+        line = await self._open()
+        permitted = False
+        try:
+            permitted = are_permitted(await _roundtrip(line.connection, subscribing(channels)))
+        except (client_errors.RedisError, OSError) as error:
+            raise no_reply(error, line.client_id) from error
+        finally:
+            if not permitted:
+                await line.connection.disconnect(nowait=True)
+        return line.connection if permitted else None
+
     async def pause(self, seconds: float) -> None:
         """Sleep."""
         await asyncio.sleep(seconds)
@@ -122,6 +152,53 @@ class AsyncWire:
                 raise
             raise not_sent(error) from error
         return Line(connection, client_id if isinstance(client_id, int) else None)
+
+
+class AsyncEar:
+    """Hears that something was published, while it can, as `wire.Ear` does."""
+
+    def __init__(self, subscribe: Callable[[], Awaitable[Any]]) -> None:
+        """Listen on the connection that `subscribe` returns; never, once it returns `None`."""
+        self._subscribe = subscribe
+        self._connection: Any = None
+        self._permitted = True
+
+    async def attend(self) -> None:
+        """Listen, if it does not: what is published from now on is heard."""
+        if self._connection is None and self._permitted:
+            with suppress(Lost):
+                self._connection = await self._subscribe()
+                self._permitted = self._connection is not None
+
+    async def hear(self, wait_s: float, stop: asyncio.Event) -> None:
+        """Wait for a message, and what comes right behind it; at most `wait_s` seconds, or until `stop` is set."""
+        listening = asyncio.create_task(self._listen(wait_s))
+        stopping = asyncio.create_task(stop.wait())
+        try:
+            await asyncio.wait({listening, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            listening.cancel()
+            stopping.cancel()
+            await asyncio.gather(listening, stopping, return_exceptions=True)
+
+    async def _listen(self, wait_s: float) -> None:
+        if self._connection is None:
+            await asyncio.sleep(wait_s)
+            return
+        until_s = time.monotonic() + wait_s
+        try:
+            while (left_s := until_s - time.monotonic()) > 0:
+                # Cut short, it has lost nothing: what came stays in the connection's buffer.
+                if await self._connection.read_response(timeout=left_s, disconnect_on_error=False) is not None:
+                    until_s = min(until_s, time.monotonic() + SETTLE_S)
+        except (client_errors.RedisError, OSError):
+            await self.close()
+
+    async def close(self) -> None:
+        """Listen no more."""
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            await connection.disconnect(nowait=True)
 
 
 async def _roundtrip(connection: Any, commands: Sequence[Sequence[bytes]]) -> list[Reply]:

@@ -13,12 +13,14 @@ from datetime import datetime
 from typing import Any
 
 from redisflow.aio import AsyncFlowManager
+from redisflow.aio_wire import AsyncEar
 from redisflow.errors import InvalidData, StorageError
 from redisflow.flow import Flow, FlowRef
 from redisflow.manager import FlowManager
 from redisflow.ops import waits
 from redisflow.ops.namespace import seconds_of
 from redisflow.ops.waits import Tick, TickReport
+from redisflow.wire import Ear
 
 __all__ = ["AsyncWaitEngine", "TickReport", "WaitEngine"]
 
@@ -61,17 +63,26 @@ class WaitEngine:
     def run(self, interval: float = 1.0, stop: threading.Event | None = None) -> None:
         """Tick until `stop` is set, for ever without one.
 
-        Sleeps until the next due time, at most `interval` seconds, and goes on through lost connections.
+        Sleeps until the next due time, at most `interval` seconds, and goes on through lost connections. It is told of
+        a wait that ends sooner than it meant to sleep.
         """
         interval_s = _interval_of(interval)
         stop = threading.Event() if stop is None else stop
-        while not stop.is_set():
-            sleep_s = interval_s
-            try:
-                sleep_s = _sleep_s(self._tick(), interval_s)
-            except StorageError as error:
-                _lost(error)
-            stop.wait(sleep_s)
+        ear = Ear(self._subscribe)
+        try:
+            while not stop.is_set():
+                sleep_s = interval_s
+                try:
+                    ear.attend()  # before the tick: what that does not see yet is heard
+                    sleep_s = _sleep_s(self._tick(), interval_s)
+                except StorageError as error:
+                    _lost(error)
+                ear.hear(sleep_s, stop)
+        finally:
+            ear.close()
+
+    def _subscribe(self) -> Any:
+        return self._flows.connect().subscribe(waits.channels(self._flows.namespace))
 
     def try_resume_external(
         self,
@@ -112,17 +123,22 @@ class AsyncWaitEngine:
         """Tick until `stop` is set; for ever, or until cancelled, without one."""
         interval_s = _interval_of(interval)
         stop = asyncio.Event() if stop is None else stop
-        while not stop.is_set():
-            sleep_s = interval_s
-            try:
-                sleep_s = _sleep_s(await self._tick(), interval_s)
-            except StorageError as error:
-                _lost(error)
-            try:
-                async with asyncio.timeout(sleep_s):
-                    await stop.wait()
-            except TimeoutError:
-                pass
+        ear = AsyncEar(self._subscribe)
+        try:
+            while not stop.is_set():
+                sleep_s = interval_s
+                try:
+                    await ear.attend()
+                    sleep_s = _sleep_s(await self._tick(), interval_s)
+                except StorageError as error:
+                    _lost(error)
+                await ear.hear(sleep_s, stop)
+        finally:
+            await ear.close()
+
+    async def _subscribe(self) -> Any:
+        wire = await self._flows.connect()
+        return await wire.subscribe(waits.channels(self._flows.namespace))
 
     async def try_resume_external(
         self,

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import ssl
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -28,7 +31,11 @@ except ImportError:  # no wheel for this machine: redis-py then reads replies in
 if TYPE_CHECKING:
     from redisflow.connection import Endpoint
 
+log = logging.getLogger("redisflow")
+
 MAX_BLOCK_S = 2.0
+_STOP_WITHIN_S = 0.1  # how soon a thread that listens sees that it should stop
+SETTLE_S = 0.005  # messages come in bursts, and one look is enough for each
 CLIENT_ID = (b"CLIENT", b"ID")
 _CODES = {
     client_errors.NoScriptError: "NOSCRIPT",
@@ -90,6 +97,19 @@ def packed(commands: Sequence[Sequence[bytes]]) -> bytes:
     return b"".join([pack_command(command) for command in commands])
 
 
+def subscribing(channels: Sequence[bytes]) -> list[tuple[bytes, bytes]]:
+    """The commands that subscribe, each answered by one reply."""
+    return [(b"SUBSCRIBE", channel) for channel in channels]
+
+
+def are_permitted(replies: Sequence[Reply]) -> bool:
+    """Whether the server let a connection subscribe; a refusal is logged."""
+    refusals = [reply.message for reply in replies if isinstance(reply, Refusal)]
+    if refusals:
+        log.warning("an engine is not told of new timers, and looks when its interval is over: %s", refusals[0])
+    return not refusals
+
+
 def xread(block: Block, socket_timeout_s: float) -> Sequence[bytes]:
     """The blocking read of a block: shorter than the socket timeout, or its silence would look like a loss."""
     milliseconds = max(1, int(1000 * min(block.wait_s, MAX_BLOCK_S, socket_timeout_s / 2)))
@@ -145,6 +165,23 @@ class Wire:
             self._reset()
         return self._exchange_over(self._idle_blocking, [xread(block, self._endpoint.socket_timeout_s)])
 
+    def subscribe(self, channels: Sequence[bytes]) -> Any:
+        """A connection of its own that hears channels; `None` if the user may not.
+
+        Raises:
+            Lost: the connection failed.
+        """
+        line = self._open()
+        permitted = False
+        try:
+            permitted = are_permitted(_roundtrip(line.connection, subscribing(channels)))
+        except (client_errors.RedisError, OSError) as error:
+            raise no_reply(error, line.client_id) from error
+        finally:
+            if not permitted:
+                line.connection.disconnect()
+        return line.connection if permitted else None
+
     def pause(self, seconds: float) -> None:
         """Sleep."""
         time.sleep(seconds)
@@ -190,6 +227,43 @@ class Wire:
             connection.disconnect()
             raise not_sent(error) from error
         return Line(connection, client_id if isinstance(client_id, int) else None)
+
+
+class Ear:
+    """Hears that something was published, while it can: who listens must not depend on it."""
+
+    def __init__(self, subscribe: Callable[[], Any]) -> None:
+        """Listen on the connection that `subscribe` returns; never, once it returns `None`."""
+        self._subscribe = subscribe
+        self._connection: Any = None
+        self._permitted = True
+
+    def attend(self) -> None:
+        """Listen, if it does not: what is published from now on is heard."""
+        if self._connection is None and self._permitted:
+            with suppress(Lost):
+                self._connection = self._subscribe()
+                self._permitted = self._connection is not None
+
+    def hear(self, wait_s: float, stop: threading.Event) -> None:
+        """Wait for a message, and what comes right behind it; at most `wait_s` seconds, or until `stop` is set."""
+        if self._connection is None:
+            stop.wait(wait_s)
+            return
+        until_s = time.monotonic() + wait_s
+        try:
+            while (left_s := until_s - time.monotonic()) > 0 and not stop.is_set():
+                if self._connection.can_read(timeout=min(left_s, _STOP_WITHIN_S)):
+                    self._connection.read_response()
+                    until_s = min(until_s, time.monotonic() + SETTLE_S)
+        except (client_errors.RedisError, OSError):
+            self.close()
+
+    def close(self) -> None:
+        """Listen no more."""
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.disconnect()
 
 
 def _roundtrip(connection: Any, commands: Sequence[Sequence[bytes]]) -> list[Reply]:

@@ -9,8 +9,9 @@ import shlex
 import warnings
 from collections.abc import Iterator
 from contextlib import suppress
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from threading import Event, Thread
 from typing import Any
 
 import attrs
@@ -22,6 +23,7 @@ from redisflow import AsyncFlowManager, AsyncWaitEngine, FlowManager, StepObserv
 from redisflow.settings import Settings
 from redisflow.waits import Wait
 from tests.support.servers import ENGINES, Engine, Server
+from tests.support.waiting import wait_until
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -176,6 +178,10 @@ def ask(server: Server, *words: str) -> Any:
 # --- permissions -----------------------------------------------------------------------------------------
 
 
+# What an engine hears of new timers by.
+LISTENING = ("&{redisflow:*", "+subscribe", "+publish")
+
+
 def permissions() -> list[str]:
     """The rule of docs/backends.md, as arguments of ACL SETUSER behind the name."""
     commands = commands_of(ROOT / "docs/backends.md", "redis-cli")
@@ -227,13 +233,41 @@ def test_the_documented_user_may_do_everything_and_has_nothing_to_spare(engine: 
         exercise(url)
         with pytest.raises(redisflow.StorageError, match="lacks a permission"):
             FlowManager.from_url(url, prefix="other").connect()
-        optional = {"+config|get", "+client|id", "+client|kill"}
+        optional = {"+config|get", "+client|id", "+client|kill", *LISTENING}
         exercise(as_user(server, [part for part in rule if part not in optional]))
         for part in rule:
             if part.startswith(("~", "+")) and part not in optional:
                 url = as_user(server, [other for other in rule if other != part])
                 with pytest.raises(redisflow.StorageError):
                     exercise(url)
+
+
+@pytest.mark.parametrize("engine", ENGINES, ids=str)
+@pytest.mark.parametrize("missing", [None, *LISTENING])
+def test_an_engine_needs_a_channel_to_be_told(
+    engine: Engine, missing: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The documented user has it; one who may not listen is warned once, and looks when the interval is over."""
+    with Server(engine) as server:
+        url = as_user(server, [part for part in permissions() if part != missing])
+        stop = Event()
+        with FlowManager.from_url(url) as flows:
+            running = Thread(target=WaitEngine(flows).run, args=(0.05 if missing else 3600, stop))
+            running.start()
+            try:
+                if missing in {None, "+publish"}:
+                    channel = flows.namespace.keyspace.partitions[0].due.decode()
+                    wait_until(lambda: ask(server, "PUBSUB", "NUMSUB", channel)[1], description="the engine listens")
+                else:
+                    wait_until(lambda: caplog.messages, description="the engine is refused")
+                for _ in range(3):
+                    flow = flows.set_waiting(make_flow(flows), redisflow.Timer(datetime.now(UTC)))
+                    flows.wait_for(flow, "running", timeout=10)
+            finally:
+                stop.set()
+                running.join(10)
+        refusals = [message for message in caplog.messages if "not told of new timers" in message]
+        assert len(refusals) == (missing not in {None, "+publish"})
 
 
 # --- links -----------------------------------------------------------------------------------------------

@@ -58,6 +58,11 @@ class Tick:
     next_due_s: float | None
 
 
+def channels(namespace: Namespace) -> list[bytes]:
+    """Where the scripts say that a wait has come to be the next that is due."""
+    return [partition.due for partition in namespace.keyspace.partitions]
+
+
 def tick(namespace: Namespace, now: datetime | None) -> Generator[Any, Any, Tick]:
     """Resume what is due at `now` (the server's time unless given), cancel what was asked to."""
     given_us = None if now is None else to_us(require_aware("now", now))

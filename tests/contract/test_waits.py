@@ -5,13 +5,15 @@ from __future__ import annotations
 import logging
 import threading
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import TYPE_CHECKING, Any
-from uuid import uuid4
+from uuid import UUID, uuid4
 
 import attrs
 import pytest
 
 from redisflow import ExternalEvent, Flow, FlowStatus, Manual, TickReport, Timer
+from redisflow.keys import DEFAULT_PARTITIONS
 from tests.support.subjects import STATE, create, flow_in, trail
 from tests.support.waiting import wait_until
 
@@ -328,6 +330,57 @@ def test_a_running_engine_wakes_for_the_next_due_time(flows: Any, engine: Any, s
     with subject.running(engine, 3600.0) as halt:
         wait_until(lambda: flows.get(flow.id).status == "running", description="the timer resumes its flow")
         halt()
+
+
+def test_a_running_engine_is_told_what_came_up_since(flows: Any, engine: Any, subject: Subject) -> None:
+    """However long it means to sleep: of a timer that is due sooner, and of a cancel request."""
+    with subject.running(engine, 3600.0):
+        wait_until(partial(listeners, subject), description="the engine listens")
+        for _ in range(20):  # over the partitions
+            flow = flow_in(flows, "waiting", wait=Timer(at=datetime.now(UTC) + timedelta(seconds=0.02)))
+            wait_until(partial(is_in, flows, flow, "running"), description="the timer resumes its flow")
+        flow = flows.request_cancel(flow_in(flows, "waiting"))
+        wait_until(partial(is_in, flows, flow, "cancelled"), description="the request cancels its flow")
+        flow = flow_in(flows, "waiting", wait=Manual())
+        flow = flows.update_and_append(attrs.evolve(flow, wait=Timer(at=datetime.now(UTC)).to_wire()), "sooner")[0]
+        wait_until(partial(is_in, flows, flow, "running"), description="the rewritten wait resumes its flow")
+
+
+def test_only_a_wait_that_is_next_is_told(flows: Any, subject: Subject) -> None:
+    """A message each for the waits that end before all others of their partition."""
+    ids = [UUID(int=n * DEFAULT_PARTITIONS) for n in (1, 2, 3, 4)]  # of one partition
+    told: Any = subject.raw.pubsub()  # type: ignore[no-untyped-call]  # redis-py's
+    told.subscribe(subject.keyspace.partitions[0].due)
+    assert told.get_message(timeout=10)["type"] == "subscribe"
+    for flow_id, days in zip(ids, (5, 6, 4, 5), strict=True):
+        flow_in(flows, "waiting", flow_id=flow_id, wait=Timer(at=FAR + timedelta(days=days)))
+    scores = [told.get_message(timeout=10)["data"] for _ in range(2)]
+    assert scores == [b"%d" % (FAR_US + days * 86_400_000_000) for days in (5, 4)]
+    assert told.get_message(timeout=0.05) is None
+    told.close()
+
+
+def test_an_engine_listens_again(real_subject: Subject) -> None:
+    """After its connection is gone."""
+    subject = real_subject
+    flows = subject.manager()
+    with subject.running(subject.engine(flows), 3600.0):
+        for _ in range(3):
+            wait_until(partial(listeners, subject), description="the engine listens")
+            flow = flow_in(flows, "waiting", wait=Timer(at=datetime.now(UTC)))
+            wait_until(partial(is_in, flows, flow, "running"), description="the timer resumes its flow")
+            subject.raw.client_kill_filter(_type="pubsub")
+
+
+def listeners(subject: Subject) -> int:
+    """How many engines listen."""
+    ((_, count),) = subject.raw.pubsub_numsub(subject.keyspace.partitions[-1].due)
+    return int(count)
+
+
+def is_in(flows: Any, flow: Flow, status: str) -> bool:
+    """Whether a flow has come to be in a status."""
+    return bool(flows.get(flow.id).status == status)
 
 
 def test_a_running_engine_finds_what_came_up_since(flows: Any, engine: Any, subject: Subject) -> None:
