@@ -13,20 +13,17 @@ from typing import Any, Self
 from uuid import UUID
 
 import redis.asyncio
+from redis.asyncio.cluster import RedisCluster
 
+from redisflow.aio_cluster_wire import AsyncClusterWire, wire_to
 from redisflow.aio_wire import AsyncWire
-from redisflow.calls import Block, Call, Lost, Op, Packet, Pages, T
-from redisflow.connection import Endpoint, endpoint_of, require_client, url_of
+from redisflow.calls import Block, Call, Lost, Op, Packet, Pages, Primaries, T
+from redisflow.connection import ClusterEndpoint, Endpoint, endpoint_of, taken_from, url_of
 from redisflow.delivery import TROUBLES, Step, deliver, first_attempt, go_on
 from redisflow.flow import Flow, FlowEvent, FlowRef, FlowStatus, FlowStep, NewFlow, StepObservation, StepRuntime
 from redisflow.ops import batches, changes, creation, follow, reads, records, rewriting, upkeep
 from redisflow.settings import Settings
 from redisflow.waits import AnyWait
-
-try:
-    from redisflow.multiplex import MultiplexedWire
-except ImportError:  # it is made of hiredis, for which this machine has no wheel
-    MultiplexedWire = AsyncWire  # type: ignore[assignment, misc]  # the same, a connection for each packet
 
 
 class AsyncFlowManager:
@@ -37,12 +34,12 @@ class AsyncFlowManager:
     by the caller beforehand, settles it. Otherwise as `FlowManager`.
     """
 
-    def __init__(self, client: redis.asyncio.Redis, prefix: str = "redisflow", **options: Any) -> None:
-        """Use the server of a `redis.asyncio.Redis`, as `FlowManager` does that of a `redis.Redis`."""
-        require_client("AsyncFlowManager", redis.asyncio.Redis, client)
+    def __init__(self, client: redis.asyncio.Redis | RedisCluster, prefix: str = "redisflow", **options: Any) -> None:
+        """Use the server of a client of `redis.asyncio`, as `FlowManager` does that of a client of `redis`."""
+        taken = taken_from(client, "AsyncFlowManager", (redis.asyncio.Redis, RedisCluster))
 
-        async def endpoint() -> Endpoint:
-            return Endpoint.of_client(client)
+        async def endpoint() -> Endpoint | ClusterEndpoint:
+            return taken
 
         self._set_up(endpoint, Settings(prefix=prefix, **options))
 
@@ -51,7 +48,7 @@ class AsyncFlowManager:
         """Use the server at a URL, as `FlowManager.from_url` does."""
         checked = url_of(url)
 
-        async def endpoint() -> Endpoint:
+        async def endpoint() -> Endpoint | ClusterEndpoint:
             if checked.startswith("embedded:"):  # starting a server takes a while
                 return await asyncio.to_thread(endpoint_of, checked, is_async=True)
             return endpoint_of(checked, is_async=True)
@@ -64,7 +61,7 @@ class AsyncFlowManager:
         self._endpoint = endpoint
         self._settings = settings
         self.namespace = settings.namespace()
-        self._wire: AsyncWire | None = None
+        self._wire: AsyncWire | AsyncClusterWire | None = None
         self._connecting: asyncio.Lock | None = None
 
     # --- carrying out operations ---
@@ -91,7 +88,7 @@ class AsyncFlowManager:
             result: T = stop.value
             return result
 
-    async def _drive(self, wire: AsyncWire, steps: Generator[Step, Any, T]) -> T:
+    async def _drive(self, wire: AsyncWire | AsyncClusterWire, steps: Generator[Step, Any, T]) -> T:
         try:
             step = next(steps)
             while True:
@@ -100,6 +97,8 @@ class AsyncFlowManager:
                         reply: Any = await wire.exchange(step)
                     elif isinstance(step, Block):
                         reply = await wire.block(step)
+                    elif isinstance(step, Primaries):
+                        reply = await wire.primaries(step)
                     else:
                         await wire.pause(step.seconds)
                         reply = None
@@ -116,7 +115,7 @@ class AsyncFlowManager:
             for item in page:
                 yield item
 
-    async def connect(self) -> AsyncWire:
+    async def connect(self) -> AsyncWire | AsyncClusterWire:
         """Connect and check the server and the namespace now; otherwise the first use does."""
         if self._connecting is None:
             self._connecting = asyncio.Lock()
@@ -124,10 +123,10 @@ class AsyncFlowManager:
             if self._wire is None:
                 endpoint = await self._endpoint()
                 settings = self._settings
-                wire = (MultiplexedWire if endpoint.real_server else AsyncWire)(
+                wire = wire_to(
                     endpoint, max_connections=settings.max_connections, acquire_timeout_s=settings.deadline_s
                 )
-                self._policy = settings.policy(real_server=endpoint.real_server)
+                self._policy = settings.policy(real_server=endpoint.real_server, cluster=endpoint.is_cluster)
                 check = upkeep.connect(
                     self.namespace, real_server=endpoint.real_server, allow_eviction=settings.allow_eviction
                 )

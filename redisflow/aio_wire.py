@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from redis import exceptions as client_errors
 
-from redisflow.calls import Block, Lost, Packet, Reply
+from redisflow.calls import Again, Block, Lost, Packet, Primaries, Reply
 from redisflow.errors import StorageError
 from redisflow.wire import (
     CLIENT_ID,
@@ -68,19 +68,23 @@ class AsyncWire:
         else:
             await self._slots.acquire()
         try:
-            return await self._exchange_over(self._idle, packet.commands, packet.until_s)
+            return await self._exchange_over(self._idle, packet.commands, packet.until_s, packet.again)
         finally:
             self._slots.release()
 
-    async def block(self, block: Block) -> list[Reply]:
+    async def block(self, block: Block, *, asking: bool = False) -> list[Reply]:
         """Wait for entries of a stream; one reply.
+
+        Args:
+            block: which, and for how long.
+            asking: whether a node of a cluster is to look though the slot is still another's.
 
         Raises:
             Lost: the connection failed.
         """
         self._require_own_loop()
-        command = xread(block, self._endpoint.socket_timeout_s)
-        return await self._exchange_over(self._idle_blocking, [command])
+        commands = xread(block, self._endpoint.socket_timeout_s, asking=asking)
+        return (await self._exchange_over(self._idle_blocking, commands))[-1:]
 
     async def subscribe(self, channels: Sequence[bytes]) -> Any:
         """A connection of its own that hears channels; `None` if the user may not.
@@ -93,11 +97,15 @@ class AsyncWire:
         try:
             permitted = are_permitted(await _roundtrip(line.connection, subscribing(channels)))
         except (client_errors.RedisError, OSError) as error:
-            raise no_reply(error, line.client_id) from error
+            raise no_reply(error, line.client) from error
         finally:
             if not permitted:
                 await line.connection.disconnect(nowait=True)
         return line.connection if permitted else None
+
+    async def primaries(self, _: Primaries) -> list[tuple[int | None, ...]]:
+        """A slot of each node that takes changes; one reply."""
+        return [(None,)]
 
     async def pause(self, seconds: float) -> None:
         """Sleep."""
@@ -123,19 +131,24 @@ class AsyncWire:
             await idle.pop().connection.disconnect(nowait=True)
 
     async def _exchange_over(
-        self, idle: deque[Line], commands: Sequence[Sequence[bytes]], until_s: float | None = None
+        self,
+        idle: deque[Line],
+        commands: Sequence[Sequence[bytes]],
+        until_s: float | None = None,
+        again: Again | None = None,
     ) -> list[Reply]:
         line = idle.pop() if idle else await self._open()
+        kills = line.kills(again)
         try:
             async with asyncio.timeout(None if until_s is None else until_s - time.monotonic()):
-                replies = await _roundtrip(line.connection, commands)
+                replies = (await _roundtrip(line.connection, [*kills, *commands]))[len(kills) :]
         except BaseException as error:
             # Cancelled or lost, it has an unread reply: the connection must not be used again.
             await line.connection.disconnect(nowait=True)
             if not isinstance(error, client_errors.RedisError | OSError):
                 raise
             await self._drop(idle)  # what broke one connection has most likely broken the idle ones
-            raise no_reply(error, line.client_id) from error
+            raise no_reply(error, line.client) from error
         idle.append(line)
         if self._closed:
             await self._drop(idle)
@@ -151,7 +164,7 @@ class AsyncWire:
             if not isinstance(error, client_errors.RedisError | OSError):
                 raise
             raise not_sent(error) from error
-        return Line(connection, client_id if isinstance(client_id, int) else None)
+        return Line.of(connection, client_id)
 
 
 class AsyncEar:

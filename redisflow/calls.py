@@ -1,12 +1,12 @@
 """What an operation yields, and what carries it out gets: calls, reads, pauses.
 
-An operation is a generator. It yields a `Call`, a `Batch`, a `Read`, a `Block` or a `Pause` and is resumed with
-the reply, or with the error thrown in. It knows no client; `delivery` turns its calls into packets.
+An operation is a generator. It yields a `Call`, a `Batch`, a `Read`, a `Block`, `Primaries` or a `Pause` and is
+resumed with the reply, or with the error thrown in. It knows no client; `delivery` turns its calls into packets.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Collection, Generator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 import attrs
@@ -90,12 +90,28 @@ class Read:
 
 @attrs.frozen(eq=False)
 class Block:
-    """Wait at most `wait_s` seconds for entries of a stream after an id. Resumed with the new entries."""
+    """Wait at most `wait_s` seconds for entries of a stream after an id. Resumed with the new entries.
+
+    Attributes:
+        again: set between delivery and the wires.
+    """
 
     slot: int
     stream: bytes
     after: bytes
     wait_s: float
+    again: Again | None = None
+
+
+@attrs.frozen(eq=False)
+class Primaries:
+    """Ask for the nodes that take changes. Resumed with a slot of each; with `None` for a lone server.
+
+    Attributes:
+        again: set between delivery and the wires.
+    """
+
+    again: Again | None = None
 
 
 @attrs.frozen(eq=False)
@@ -110,10 +126,10 @@ T_co = TypeVar("T_co", covariant=True)
 Op = Generator[Any, Any, T]
 
 
-def command(partition: Partition | None, *args: bytes | int) -> Command:
-    """Build a plain command for a partition's node."""
+def command(place: Partition | int | None, *args: bytes | int) -> Command:
+    """Build a plain command for the node of a partition or of a slot; `None` is any."""
     encoded = tuple(b"%d" % arg if isinstance(arg, int) else arg for arg in args)
-    return Command(None if partition is None else partition.slot, encoded)
+    return Command(place if place is None or isinstance(place, int) else place.slot, encoded)
 
 
 class Pages(Protocol[T_co]):
@@ -126,16 +142,38 @@ class Pages(Protocol[T_co]):
 # --- between delivery and the wires --------------------------------------------------------------------
 
 
+# A connection as its server knows it: the server's address, and CLIENT ID.
+Client = tuple[str, int]
+
+
 class Packet(NamedTuple):
-    """Commands for one node, written at once. Resumed with one reply each; an error reply is a `Refusal`.
+    """Commands that are written at once, to each node its own. Resumed with one reply each.
+
+    An error reply is a `Refusal`. Where just one of several nodes gave no reply, it is a `Lost`.
 
     Attributes:
+        slots: where each command belongs; `None` where any node will do.
         until_s: monotonic seconds: when who sends it waits no longer.
+        again: what earlier attempts came to; `None` for a first one.
     """
 
-    slot: int | None
+    slots: Sequence[int | None]
     commands: Sequence[Sequence[bytes]]
     until_s: float
+    again: Again | None = None
+
+
+@attrs.frozen
+class Again:
+    """What earlier attempts came to.
+
+    Attributes:
+        lost: connections that were lost: what is still on its way over one must not run behind its own resend.
+        redirects: for each command the refusal that says which node it belongs to, `None` for no such.
+    """
+
+    lost: Collection[Client]
+    redirects: Sequence[Refusal | None]
 
 
 @attrs.frozen
@@ -156,12 +194,12 @@ class Lost(Exception):
 
     Attributes:
         sent: whether the packet may have reached the server.
-        client_id: what the server calls the connection that was lost, if that is known.
+        client: the connection that was lost, if the server said what it calls it.
         lasting: whether trying again is of no use, as with a wrong password.
     """
 
-    def __init__(self, message: str, *, sent: bool, lasting: bool = False, client_id: int | None = None) -> None:
+    def __init__(self, message: str, *, sent: bool, lasting: bool = False, client: Client | None = None) -> None:
         super().__init__(message)
         self.sent = sent
-        self.client_id = client_id
+        self.client = client
         self.lasting = lasting

@@ -10,13 +10,14 @@ import os
 import threading
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-from urllib.parse import parse_qs, unquote, urlsplit
+from typing import TYPE_CHECKING, Any, ClassVar
+from urllib.parse import SplitResult, parse_qs, unquote, urlsplit
 from weakref import WeakValueDictionary
 
 import attrs
 import redis
 import redis.asyncio
+from redis.asyncio.cluster import RedisCluster as AsyncRedisCluster
 from redis.asyncio.retry import Retry as AsyncRetry
 from redis.backoff import NoBackoff
 from redis.retry import Retry
@@ -24,14 +25,18 @@ from redis.retry import Retry
 from redisflow.errors import InvalidData
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable, Mapping
+
+    from redis.cluster import RedisCluster
 
     from redisflow.embedded import Lease
+    from redisflow.topology import Address, Remap
 
 DEFAULT_URL = "redis://localhost:6379/0"
+DEFAULT_PORT = 6379
 DEFAULT_SOCKET_TIMEOUT_S = 5.0
-_SERVER_SCHEMES = ("redis", "rediss", "unix")
-_SCHEMES = (*_SERVER_SCHEMES, "memory", "embedded")
+_CLUSTER = "+cluster"
+_SCHEMES = ("redis", "rediss", "unix", "redis+cluster", "rediss+cluster", "memory", "embedded")
 
 
 @attrs.frozen
@@ -49,33 +54,88 @@ class Endpoint:
     socket_timeout_s: float
     real_server: bool = True
     lease: Lease | None = None
+    is_cluster: ClassVar[bool] = False
 
     @classmethod
     def of_client(cls, client: redis.Redis | redis.asyncio.Redis, lease: Lease | None = None) -> Endpoint:
         """Take a client's settings, for connections of our own with its automatic resends off."""
         pool = client.connection_pool
-        settings = dict(pool.connection_kwargs)
-        for name in [name for name in settings if name.startswith(("maint_", "oss_cluster_", "orig_"))]:
-            del settings[name]  # push messages of RESP3, which these connections do not speak
-        is_async = isinstance(client, redis.asyncio.Redis)
-        socket_timeout_s = settings.get("socket_timeout") or DEFAULT_SOCKET_TIMEOUT_S
-        settings |= {
-            "retry": (AsyncRetry if is_async else Retry)(NoBackoff(), 0),
-            "retry_on_timeout": False,
-            "retry_on_error": [],
-            "protocol": 2,
-            "decode_responses": False,
-            "socket_timeout": socket_timeout_s,
-        }
+        settings = _quiet(pool.connection_kwargs, is_async=isinstance(client, redis.asyncio.Redis))
         real_server = not type(client).__module__.startswith("fakeredis")
-        return cls(lambda: pool.connection_class(**settings), socket_timeout_s, real_server, lease)
+        return cls(lambda: pool.connection_class(**settings), settings["socket_timeout"], real_server, lease)
 
 
-def require_client(manager: str, kind: type, client: object) -> None:
-    """Refuse what is not a client of the kind a manager takes."""
-    if not isinstance(client, kind):
-        found = f"{type(client).__module__}.{type(client).__qualname__}"
-        raise InvalidData(f"{manager} takes a {kind.__module__}.{kind.__qualname__}, not a {found}")
+@attrs.frozen
+class ClusterEndpoint:
+    """How to open connections to the nodes of a cluster.
+
+    Attributes:
+        seeds: the nodes to ask first.
+        endpoint_at: how to reach the node at an address.
+        remap: what becomes of an address the cluster tells; `None` for nothing.
+    """
+
+    seeds: tuple[Address, ...]
+    endpoint_at: Callable[[Address], Endpoint]
+    remap: Remap | None = None
+    real_server: ClassVar[bool] = True
+    is_cluster: ClassVar[bool] = True
+
+    @classmethod
+    def of_client(cls, client: RedisCluster | AsyncRedisCluster) -> ClusterEndpoint:
+        """Take the settings and the nodes of a cluster client."""
+        nodes: Any
+        if isinstance(client, AsyncRedisCluster):
+            nodes = client.startup_nodes
+            template = nodes[0]
+        else:
+            nodes = client.get_nodes()  # type: ignore[no-untyped-call]  # redis-py's
+            template = client.get_redis_connection(nodes[0]).connection_pool
+        seeds = [(node.host, int(node.port)) for node in nodes]
+        kind, settings = template.connection_class, template.connection_kwargs
+        return cls.of_settings(seeds, kind, settings, client.nodes_manager.address_remap)
+
+    @classmethod
+    def of_settings(
+        cls, seeds: Iterable[Address], kind: type, settings: Mapping[str, Any], remap: Remap | None = None
+    ) -> ClusterEndpoint:
+        """Open connections of a kind, with those settings, to whatever node."""
+        common = _quiet(settings, is_async=issubclass(kind, redis.asyncio.connection.AbstractConnection))
+
+        def endpoint_at(address: Address) -> Endpoint:
+            own = common | {"host": address[0], "port": address[1]}
+            return Endpoint(lambda: kind(**own), common["socket_timeout"])
+
+        return cls(tuple(seeds), endpoint_at, remap)
+
+
+def _quiet(settings: Mapping[str, Any], *, is_async: bool) -> dict[str, Any]:
+    """A client's settings, for connections that resend nothing and speak RESP2."""
+    # Push messages of RESP3, which these connections do not speak.
+    kept = {name: value for name, value in settings.items() if not name.startswith(("maint_", "oss_cluster_", "orig_"))}
+    return kept | {
+        "retry": (AsyncRetry if is_async else Retry)(NoBackoff(), 0),
+        "retry_on_timeout": False,
+        "retry_on_error": [],
+        "protocol": 2,
+        "decode_responses": False,
+        "socket_timeout": settings.get("socket_timeout") or DEFAULT_SOCKET_TIMEOUT_S,
+    }
+
+
+def taken_from(client: Any, manager: str, kinds: tuple[type, type]) -> Endpoint | ClusterEndpoint:
+    """The endpoint of a client of one of the kinds a manager takes: one server's, or a cluster's.
+
+    Raises:
+        InvalidData: it is something else.
+    """
+    endpoints: tuple[Callable[[Any], Endpoint | ClusterEndpoint], ...] = (Endpoint.of_client, ClusterEndpoint.of_client)
+    for kind, endpoint in zip(kinds, endpoints, strict=True):
+        if isinstance(client, kind):
+            return endpoint(client)
+    found = f"{type(client).__module__}.{type(client).__qualname__}"
+    wanted = " or a ".join(f"{kind.__module__}.{kind.__qualname__}" for kind in kinds)
+    raise InvalidData(f"{manager} takes a {wanted}, not a {found}")
 
 
 def url_of(url: str | None) -> str:
@@ -91,7 +151,7 @@ def url_of(url: str | None) -> str:
     return url
 
 
-def endpoint_of(url: str, *, is_async: bool) -> Endpoint:
+def endpoint_of(url: str, *, is_async: bool) -> Endpoint | ClusterEndpoint:
     """Open a URL. Starts the server of an `embedded://` one, which may take a second.
 
     Raises:
@@ -117,9 +177,26 @@ def endpoint_of(url: str, *, is_async: bool) -> Endpoint:
             stacklevel=2,
         )
     try:
+        if parts.scheme.endswith(_CLUSTER):
+            return _cluster(parts, client)
         return Endpoint.of_client(client.from_url(url))
     except (ValueError, TypeError) as error:
         raise InvalidData(f"not a usable URL: {url!r}: {error}") from error
+
+
+def _cluster(parts: SplitResult, client: Any) -> ClusterEndpoint:
+    """Read `redis+cluster://user:password@host:port,host:port,…`."""
+    scheme = parts.scheme.removesuffix(_CLUSTER)
+    user, at, hosts = parts.netloc.rpartition("@")
+    seeds = []
+    for host in hosts.split(","):
+        place = urlsplit(f"{scheme}://{host}")
+        seeds.append((place.hostname or "localhost", place.port or DEFAULT_PORT))
+    if parts.path not in {"", "/", "/0"}:
+        raise ValueError("a cluster has just the database 0")
+    # The settings are redis-py's reading of the same URL with one host.
+    pool = client.from_url(f"{scheme}://{user}{at}{hosts.partition(',')[0]}/?{parts.query}").connection_pool
+    return ClusterEndpoint.of_settings(seeds, pool.connection_class, pool.connection_kwargs)
 
 
 _fake_servers: WeakValueDictionary[str, Any] = WeakValueDictionary()

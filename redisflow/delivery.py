@@ -9,20 +9,56 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Generator, Sequence
-from typing import Any
+from collections import Counter
+from collections.abc import Callable, Generator, Iterator, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import attrs
 
-from redisflow.calls import Batch, Block, Call, Lost, Op, Packet, Pause, Read, Refusal, Reply, T
+from redisflow.calls import (
+    Again,
+    Batch,
+    Block,
+    Call,
+    Client,
+    Command,
+    Lost,
+    Op,
+    Packet,
+    Pause,
+    Primaries,
+    Read,
+    Refusal,
+    Reply,
+    T,
+)
 from redisflow.errors import FlowError, InvalidData, OutcomeUnknown, StorageError
 from redisflow.scripts import Source
 
+if TYPE_CHECKING:
+    from uuid import UUID
+
 # The server answered and did not execute: it may in a moment.
 _PASSING = frozenset(
-    {"TRYAGAIN", "CLUSTERDOWN", "LOADING", "READONLY", "MASTERDOWN", "BUSY", "MISCONF", "NOREPLICAS", "MAXCLIENTS"}
+    {
+        "TRYAGAIN",
+        "CLUSTERDOWN",
+        "LOADING",
+        "READONLY",
+        "MASTERDOWN",
+        "BUSY",
+        "MISCONF",
+        "NOREPLICAS",
+        "MAXCLIENTS",
+        "UNBLOCKED",
+    }
 )
+# Not executed either: another node has the slot, or just this key of it.
+_REDIRECTS = frozenset({"MOVED", "ASK"})
+_MOST_HOPS = 5  # without a pause
 _MEANINGS = {
+    "MOVED": "this server is one node of a cluster, connect with redis+cluster://",
     "NOPERM": "this user lacks a permission the library needs",
     "OOM": "the server is out of memory and changed nothing",
 }
@@ -30,7 +66,7 @@ _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.01, 1.0
 _LEAST_WAIT_S = 1.0  # for what an attempt comes to, however near the deadline it began
 _BATCH_LIMIT = 500
 
-Step = Packet | Block | Pause
+Step = Packet | Block | Primaries | Pause
 
 
 @attrs.frozen
@@ -40,57 +76,102 @@ class Policy:
     Attributes:
         deadline_s: seconds from the first attempt until a call gives up.
         plain_scripts: send scripts without `#!lua`, for fakeredis.
+        cluster: whether there are several nodes, which send commands on to each other.
         clock: monotonic seconds.
     """
 
     deadline_s: float
     plain_scripts: bool = False
+    cluster: bool = False
     clock: Callable[[], float] = time.monotonic
 
 
 class _Attempts:
-    """The attempts of one call that was not answered at once: what to send next, and what came of it."""
+    """The attempts of one command that was not answered at once: what to send next, and what came of it."""
 
-    __slots__ = ("_call", "_first_s", "_source", "_text", "outcome", "settled")
+    __slots__ = ("_insist", "outcome", "redirect", "settled", "slot", "subject")
 
-    def __init__(self, call: Call, policy: Policy) -> None:
-        self._call = call
-        self._source = _source_of(call, policy)
-        self._text = False
-        self._first_s: float | None = None
+    def __init__(self, slot: int | None, subject: str, *, insist: bool = True) -> None:
+        self.slot = slot
+        self.subject = subject
+        self._insist = insist
+        self.redirect: Refusal | None = None
         self.settled = False
         self.outcome: Reply | FlowError = None
 
-    def command(self, now_s: float) -> Sequence[bytes]:
-        """The command to send at `now_s`."""
-        span_ms = None if self._first_s is None else int((now_s - self._first_s) * 1000) + 1
-        # After NOSCRIPT, the text: one round trip, and the server keeps it.
-        return self._call.command(self._source, span_ms, text=self._text)
-
-    def note(self, answer: Reply | Refusal | Lost, sent_s: float) -> bool:
+    def note(self, answer: Reply | Refusal | Lost, sent_s: float, policy: Policy) -> bool:  # noqa: ARG002 - a call's needs it
         """Take in what came of a packet sent at `sent_s`. Returns whether to send again at once."""
+        self.redirect = None
         if isinstance(answer, Lost):
-            if answer.sent and self._first_s is None:
-                self._first_s = sent_s
             if answer.lasting:
                 self.give_up(answer)
         elif not isinstance(answer, Refusal):
             self.settled, self.outcome = True, answer
-        elif answer.code == "NOSCRIPT" and not self._text:
-            self._text = True
+        elif answer.code in _REDIRECTS and policy.cluster:
+            self.redirect = answer
             return True
-        elif answer.code not in _PASSING:
+        elif answer.code not in _PASSING or not self._insist:
             self.give_up(answer)
         return False
 
     def give_up(self, failure: Refusal | Lost) -> None:
+        """Settle with an error."""
+        self.settled, self.outcome = True, _error(self.subject, failure)
+
+
+class _Asked(_Attempts):
+    """Those of a command that may be asked any number of times."""
+
+    __slots__ = ("_args",)
+
+    def __init__(self, command: Command, *, insist: bool = True) -> None:
+        super().__init__(command.slot, _naming(command.args), insist=insist)
+        self._args = command.args
+
+    def command(self, now_s: float, told: set[object]) -> Sequence[bytes]:  # noqa: ARG002 - as a call has them
+        """The command to send."""
+        return self._args
+
+
+class _Called(_Attempts):
+    """Those of a call, which must be applied once."""
+
+    __slots__ = ("_call", "_first_s", "_source", "_text")
+
+    def __init__(self, call: Call, policy: Policy) -> None:
+        super().__init__(call.slot, call.subject)
+        self._call = call
+        self._source = _source_of(call, policy)
+        self._text = False
+        self._first_s: float | None = None
+
+    def command(self, now_s: float, told: set[object]) -> Sequence[bytes]:
+        """The command to send at `now_s`, behind those that told their node a script."""
+        span_ms = None if self._first_s is None else int((now_s - self._first_s) * 1000) + 1
+        # After NOSCRIPT, the text: one round trip, and the server keeps it.
+        script = (self.slot, self.redirect, self._source.sha)
+        text = self._text and script not in told
+        if text:
+            told.add(script)
+        return self._call.command(self._source, span_ms, text=text)
+
+    def note(self, answer: Reply | Refusal | Lost, sent_s: float, policy: Policy) -> bool:
+        """Take in what came of a packet sent at `sent_s`. Returns whether to send again at once."""
+        if type(answer) is Refusal and answer.code == "NOSCRIPT" and not self._text:
+            self._text = True
+            return True
+        if isinstance(answer, Lost) and answer.sent and self._first_s is None:
+            self._first_s = sent_s
+        return super().note(answer, sent_s, policy)
+
+    def give_up(self, failure: Refusal | Lost) -> None:
         """Settle with an error: unknown, if an attempt may have run."""
-        error = _error(self._call.subject, failure)
+        super().give_up(failure)
+        error = self.outcome
         if self._first_s is not None:
-            unknown = OutcomeUnknown(self._call.op_id, f"{self._call.subject}: no reply came, and then: {error}")
+            unknown = OutcomeUnknown(self._call.op_id, f"{self.subject}: no reply came, and then: {error}")
             unknown.__cause__ = error.__cause__ or error
-            error = unknown
-        self.settled, self.outcome = True, error
+            self.outcome = unknown
 
 
 def _source_of(call: Call, policy: Policy) -> Source:
@@ -129,43 +210,51 @@ class _Backoff:
         return Pause(min(pause_s, left_s))
 
 
-def _send(packet: Packet) -> Generator[Step, Any, Sequence[Reply | Refusal | Lost]]:
+def _sent(step: Step) -> Generator[Step, Any, Sequence[Reply | Refusal | Lost]]:
     try:
-        replies: Sequence[Reply] = yield packet
+        replies: Sequence[Reply] = yield step
     except Lost as lost:
-        return [lost] * len(packet.commands)
+        return [lost] * (len(step.commands) if isinstance(step, Packet) else 1)
     return replies
 
 
+def _packet(pending: Sequence[Any], now_s: float, until_s: float, again: Again) -> Packet:
+    told: set[object] = set()
+    commands = [attempts.command(now_s, told) for attempts in pending]
+    return Packet([attempts.slot for attempts in pending], commands, until_s, again)
+
+
 def _insist(
-    calls: Sequence[Call], answers: Sequence[Refusal | Lost], sent_s: float, policy: Policy
+    attempts: Sequence[_Attempts],
+    answers: Sequence[Reply | Refusal | Lost],
+    sent_s: float,
+    policy: Policy,
+    next_step: Callable[[Sequence[Any], float, float, Again], Step] = _packet,
 ) -> Generator[Step, Any, list[Reply | FlowError]]:
-    """Send calls again that had those answers, until each is settled. Returns one outcome each."""
-    attempts = [_Attempts(call, policy) for call in calls]
-    pending: Sequence[_Attempts] = attempts
+    """Send again, after those answers, until each command is settled. Returns one outcome each."""
+    pending = attempts
     backoff = _Backoff(policy, sent_s)
-    lost_connections: set[int] = set()
+    lost: set[Client] = set()
+    hops = 0
     while True:
-        lost_connections |= {a.client_id for a in answers if isinstance(a, Lost) and a.client_id is not None}
-        notes = [(attempt, answer) for attempt, answer in zip(pending, answers, strict=True)]
-        at_once = any([attempt.note(answer, sent_s) for attempt, answer in notes])  # noqa: C419 - notes them all
-        unsettled = [(attempt, answer) for attempt, answer in notes if not attempt.settled]
+        lost |= {answer.client for answer in answers if isinstance(answer, Lost) and answer.client is not None}
+        notes = list(zip(pending, answers, strict=True))
+        at_once = any([each.note(answer, sent_s, policy) for each, answer in notes])  # noqa: C419 - notes them all
+        unsettled = [(each, answer) for each, answer in notes if not each.settled]
         if not unsettled:
-            return [attempt.outcome for attempt in attempts]
-        if not at_once:
+            return [each.outcome for each in attempts]
+        hops = hops + 1 if at_once else 0
+        if not at_once or hops > _MOST_HOPS:
             pause = backoff.next_pause()
             if pause is None:
-                for attempt, answer in unsettled:
-                    attempt.give_up(answer)
-                return [attempt.outcome for attempt in attempts]
+                for each, answer in unsettled:
+                    each.give_up(answer)
+                return [each.outcome for each in attempts]
             yield pause
-        pending = [attempt for attempt, _ in unsettled]
+        pending = [each for each, _ in unsettled]
         sent_s = policy.clock()
-        # What is still on its way over a lost connection must not run behind its own resend.
-        kills = [(b"CLIENT", b"KILL", b"ID", b"%d" % client_id) for client_id in sorted(lost_connections)]
-        commands = [*kills, *(attempt.command(sent_s) for attempt in pending)]
-        packet = Packet(calls[0].slot, commands, max(backoff.until_s, sent_s + _LEAST_WAIT_S))
-        answers = (yield from _send(packet))[len(kills) :]
+        again = Again(lost, [each.redirect for each in pending])
+        answers = yield from _sent(next_step(pending, sent_s, max(backoff.until_s, sent_s + _LEAST_WAIT_S), again))
 
 
 TROUBLES = (Refusal, Lost)  # what an answer is that is no reply
@@ -173,35 +262,54 @@ TROUBLES = (Refusal, Lost)  # what an answer is that is no reply
 
 def _rescue(call: Call, trouble: Refusal | Lost, sent_s: float, policy: Policy) -> Generator[Step, Any, Reply]:
     """Settle a call whose first attempt was not answered."""
-    (outcome,) = yield from _insist((call,), (trouble,), sent_s, policy)
+    (outcome,) = yield from _insist((_Called(call, policy),), (trouble,), sent_s, policy)
     if isinstance(outcome, FlowError):
         raise outcome from outcome.__cause__
     return outcome
 
 
-def _commands(calls: Sequence[Call], policy: Policy) -> list[Sequence[bytes]]:
-    """The first attempts of a packet. Each script is sent once in full: what is not known would run out of order."""
+def _rounds(calls: Sequence[Call], policy: Policy) -> Iterator[Sequence[int]]:
+    """The calls, by number, that may go together.
+
+    One server runs the calls of a packet in order. In a cluster one of them may be sent on to another node and run
+    behind those that were queued after it, so there each flow is in a packet once.
+    """
+    rounds: list[list[int]] = [[]]
+    calls_of: Counter[UUID] = Counter()
+    for number, call in enumerate(calls):
+        nth = calls_of[call.flow_id] if policy.cluster else 0
+        calls_of[call.flow_id] += 1
+        if nth == len(rounds):
+            rounds.append([])
+        rounds[nth].append(number)
+    for numbers in rounds:
+        for start in range(0, len(numbers), _BATCH_LIMIT):
+            yield numbers[start : start + _BATCH_LIMIT]
+
+
+def _first_packet(calls: Sequence[Call], sent_s: float, policy: Policy) -> Packet:
+    """The first attempts of calls. A lone server is sent each script in full once.
+
+    What it does not know would run out of order.
+    """
     commands: list[Sequence[bytes]] = []
     known = set()
     for call in calls:
         source = _source_of(call, policy)
-        commands.append(call.command(source, text=source.sha not in known))
+        commands.append(call.command(source, text=not policy.cluster and source.sha not in known))
         known.add(source.sha)
-    return commands
+    return Packet([call.slot for call in calls], commands, sent_s + policy.deadline_s)
 
 
 def _deliver_batch(batch: Batch, policy: Policy) -> Generator[Step, Any, list[Reply | FlowError]]:
-    outcomes: list[Reply | FlowError] = []
-    for start in range(0, len(batch.calls), _BATCH_LIMIT):
-        calls = batch.calls[start : start + _BATCH_LIMIT]
+    outcomes: list[Reply | FlowError] = [None] * len(batch.calls)
+    for numbers in _rounds(batch.calls, policy):
+        calls = [batch.calls[number] for number in numbers]
         sent_s = policy.clock()
-        answers = yield from _send(Packet(calls[0].slot, _commands(calls, policy), sent_s + policy.deadline_s))
-        troubled = [n for n, answer in enumerate(answers) if type(answer) in TROUBLES]
-        merged = dict(enumerate(answers))
-        if troubled:
-            settled = yield from _insist([calls[n] for n in troubled], [answers[n] for n in troubled], sent_s, policy)
-            merged |= zip(troubled, settled, strict=True)
-        outcomes += merged.values()
+        answers = yield from _sent(_first_packet(calls, sent_s, policy))
+        settled = yield from _settled(calls, answers, sent_s, policy, lambda call: _Called(call, policy))
+        for number, outcome in zip(numbers, settled, strict=True):
+            outcomes[number] = outcome
     return outcomes
 
 
@@ -209,53 +317,58 @@ def _deliver_read(read: Read, policy: Policy) -> Generator[Step, Any, list[Reply
     replies: list[Reply] = []
     for start in range(0, len(read.commands), _BATCH_LIMIT):
         commands = read.commands[start : start + _BATCH_LIMIT]
-        until_s = policy.clock() + policy.deadline_s
-        packet = Packet(commands[0].slot, [command.args for command in commands], until_s)
-        replies += yield from _ask(packet, _naming(commands[0].args), policy, insist=read.insist)
-    for n, reply in enumerate(replies):
-        if isinstance(reply, Refusal):
-            error = _error(_naming(read.commands[n].args), reply)
-            if not read.tolerant:
-                raise error
-            replies[n] = error
+        sent_s = policy.clock()
+        slots, args = [command.slot for command in commands], [command.args for command in commands]
+        answers = yield from _sent(Packet(slots, args, sent_s + policy.deadline_s))
+        asked = partial(_Asked, insist=read.insist)
+        replies += yield from _settled(commands, answers, sent_s, policy, asked)
+    if not read.tolerant:
+        for reply in replies:
+            if isinstance(reply, FlowError):
+                raise reply from reply.__cause__
     return replies
 
 
+def _settled(
+    wanted: Sequence[T], answers: Sequence[Reply], sent_s: float, policy: Policy, attempts_of: Callable[[T], _Attempts]
+) -> Generator[Step, Any, list[Reply | FlowError]]:
+    """The answers of first attempts, and what came of those that met with trouble."""
+    outcomes = list(answers)
+    troubled = [number for number, answer in enumerate(answers) if type(answer) in TROUBLES]
+    if troubled:
+        attempts = [attempts_of(wanted[number]) for number in troubled]
+        settled = yield from _insist(attempts, [answers[number] for number in troubled], sent_s, policy)
+        for number, outcome in zip(troubled, settled, strict=True):
+            outcomes[number] = outcome
+    return outcomes
+
+
 def _deliver_block(block: Block, policy: Policy) -> Generator[Step, Any, Reply]:
-    subject = _naming((b"XREAD", block.stream))
-    (reply,) = yield from _ask(block, subject, policy)
-    if isinstance(reply, Refusal):
-        raise _error(subject, reply)
-    return reply
+    return (yield from _ask(block, Command(block.slot, (b"XREAD", block.stream)), policy))
+
+
+def _deliver_primaries(primaries: Primaries, policy: Policy) -> Generator[Step, Any, Reply]:
+    return (yield from _ask(primaries, Command(None, (b"CLUSTER", b"SLOTS")), policy))
+
+
+def _ask(step: Block | Primaries, command: Command, policy: Policy) -> Generator[Step, Any, Reply]:
+    """Take the step until there is an answer, which is that of a command."""
+    sent_s = policy.clock()
+    answers = yield from _sent(step)
+    (outcome,) = yield from _insist(
+        [_Asked(command)],
+        answers,
+        sent_s,
+        policy,
+        lambda _pending, _now, _until, again: attrs.evolve(step, again=again),
+    )
+    if isinstance(outcome, FlowError):
+        raise outcome from outcome.__cause__
+    return outcome
 
 
 def _naming(args: Sequence[bytes]) -> str:
     return b" ".join(args[:2]).decode(errors="replace")
-
-
-def _ask(
-    step: Packet | Block, subject: str, policy: Policy, *, insist: bool = True
-) -> Generator[Step, Any, Sequence[Reply]]:
-    """Ask until there is an answer that is no passing refusal: a read may be asked any number of times."""
-    backoff = _Backoff(policy, policy.clock())
-    while True:
-        failure: Lost | Refusal
-        try:
-            replies: Sequence[Reply] = yield step
-        except Lost as lost:
-            failure = lost
-        else:
-            passing = [reply for reply in replies if isinstance(reply, Refusal) and reply.code in _PASSING]
-            if not passing or not insist:
-                return replies
-            failure = passing[0]
-        pause = None if isinstance(failure, Lost) and failure.lasting else backoff.next_pause()
-        if pause is None:
-            error = _error(subject, failure)
-            raise error from error.__cause__
-        yield pause
-        if isinstance(step, Packet):
-            step = step._replace(until_s=max(step.until_s, policy.clock() + _LEAST_WAIT_S))
 
 
 def _deliver_pause(pause: Pause, _: Policy) -> Generator[Step, Any, None]:
@@ -266,13 +379,14 @@ _DELIVER: dict[type, Callable[..., Generator[Step, Any, Any]]] = {
     Batch: _deliver_batch,
     Read: _deliver_read,
     Block: _deliver_block,
+    Primaries: _deliver_primaries,
     Pause: _deliver_pause,
 }
 
 
 def first_attempt(call: Call, sent_s: float, policy: Policy) -> Packet:
     """The packet of a call that is sent for the first time."""
-    return Packet(call.slot, (call.command(_source_of(call, policy)),), sent_s + policy.deadline_s)
+    return Packet((call.slot,), (call.command(_source_of(call, policy)),), sent_s + policy.deadline_s)
 
 
 def deliver(op: Op[T], policy: Policy) -> Generator[Step, Any, T]:

@@ -13,10 +13,12 @@ from typing import Any, Self
 from uuid import UUID
 
 import redis
+from redis.cluster import RedisCluster
 
 from redisflow.batch import FlowBatch
-from redisflow.calls import Block, Lost, Op, Packet, Pages, T
-from redisflow.connection import Endpoint, endpoint_of, require_client, url_of
+from redisflow.calls import Block, Lost, Op, Packet, Pages, Primaries, T
+from redisflow.cluster_wire import ClusterWire, wire_to
+from redisflow.connection import ClusterEndpoint, Endpoint, endpoint_of, taken_from, url_of
 from redisflow.delivery import deliver
 from redisflow.flow import Flow, FlowEvent, FlowRef, FlowStatus, FlowStep, NewFlow, StepObservation, StepRuntime
 from redisflow.ops import batches, changes, creation, follow, reads, records, rewriting, upkeep
@@ -39,24 +41,25 @@ class FlowManager:
         OutcomeUnknown: a change may or may not have been applied before the deadline.
     """
 
-    def __init__(self, client: redis.Redis, prefix: str = "redisflow", **options: Any) -> None:
+    def __init__(self, client: redis.Redis | RedisCluster, prefix: str = "redisflow", **options: Any) -> None:
         """Use the server of a client.
 
         Args:
-            client: a `redis.Redis`. Its settings are taken; its connections are not, because it resends by itself.
+            client: a `redis.Redis` or a `redis.RedisCluster`. Its settings are taken; its connections are not, because
+                it resends by itself.
             prefix: the namespace.
             **options: see `redisflow.settings.Settings`.
         """
-        require_client("FlowManager", redis.Redis, client)
-        self._set_up(lambda: Endpoint.of_client(client), Settings(prefix=prefix, **options))
+        endpoint = taken_from(client, "FlowManager", (redis.Redis, RedisCluster))
+        self._set_up(lambda: endpoint, Settings(prefix=prefix, **options))
 
     @classmethod
     def from_url(cls, url: str | None = None, *, prefix: str = "redisflow", **options: Any) -> Self:
         """Use the server at a URL.
 
         Args:
-            url: `redis://`, `rediss://`, `unix://`, `memory://`, `embedded://`; by default `$REDISFLOW_URL`, or
-                `redis://localhost:6379/0`.
+            url: `redis://`, `rediss://`, `unix://`, `redis+cluster://`, `rediss+cluster://`, `memory://`,
+                `embedded://`; by default `$REDISFLOW_URL`, or `redis://localhost:6379/0`.
             prefix: the namespace.
             **options: see `redisflow.settings.Settings`.
         """
@@ -65,11 +68,11 @@ class FlowManager:
         manager._set_up(lambda: endpoint_of(checked, is_async=False), Settings(prefix=prefix, **options))  # noqa: SLF001 - the other constructor
         return manager
 
-    def _set_up(self, endpoint: Callable[[], Endpoint], settings: Settings) -> None:
+    def _set_up(self, endpoint: Callable[[], Endpoint | ClusterEndpoint], settings: Settings) -> None:
         self._endpoint = endpoint
         self._settings = settings
         self.namespace = settings.namespace()
-        self._wire: Wire | None = None
+        self._wire: Wire | ClusterWire | None = None
         self._connecting = threading.Lock()
 
     # --- carrying out operations ---
@@ -78,7 +81,7 @@ class FlowManager:
         """Carry out an operation of `redisflow.ops`, and return what it returns."""
         return self._drive(self._wire or self.connect(), op)
 
-    def _drive(self, wire: Wire, op: Op[T]) -> T:
+    def _drive(self, wire: Wire | ClusterWire, op: Op[T]) -> T:
         steps = deliver(op, self._policy)
         try:
             step = next(steps)
@@ -88,6 +91,8 @@ class FlowManager:
                         reply: Any = wire.exchange(step)
                     elif isinstance(step, Block):
                         reply = wire.block(step)
+                    elif isinstance(step, Primaries):
+                        reply = wire.primaries(step)
                     else:
                         wire.pause(step.seconds)
                         reply = None
@@ -103,7 +108,7 @@ class FlowManager:
         while (page := self.perform(pages.next_page())) is not None:
             yield from page
 
-    def connect(self) -> Wire:
+    def connect(self) -> Wire | ClusterWire:
         """Connect and check the server and the namespace now; otherwise the first use does.
 
         Raises:
@@ -113,8 +118,10 @@ class FlowManager:
             if self._wire is None:
                 endpoint = self._endpoint()
                 settings = self._settings
-                wire = Wire(endpoint, max_connections=settings.max_connections, acquire_timeout_s=settings.deadline_s)
-                self._policy = settings.policy(real_server=endpoint.real_server)
+                wire = wire_to(
+                    endpoint, max_connections=settings.max_connections, acquire_timeout_s=settings.deadline_s
+                )
+                self._policy = settings.policy(real_server=endpoint.real_server, cluster=endpoint.is_cluster)
                 check = upkeep.connect(
                     self.namespace, real_server=endpoint.real_server, allow_eviction=settings.allow_eviction
                 )

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import hiredis
 
 from redisflow.aio_wire import AsyncWire
-from redisflow.calls import Lost, Packet, Reply
+from redisflow.calls import Again, Lost, Packet, Reply
 from redisflow.wire import Line, no_reply, packed, refusal_of
 
 if TYPE_CHECKING:
@@ -35,10 +35,11 @@ _READ_BYTES = 256 * 1024
 class _Stream(asyncio.BufferedProtocol):
     """The bytes of one connection, from when redis-py has opened it."""
 
-    def __init__(self, connection: Any, client_id: int | None, timeout_s: float) -> None:
+    def __init__(self, line: Line, timeout_s: float) -> None:
         """Take the connection over from its stream reader and writer."""
+        connection = line.connection
         self._loop = asyncio.get_running_loop()
-        self._client_id = client_id
+        self.line = line
         self._timeout_s = timeout_s
         # redis-py has no public way to give a connection away: its writer is kept here, because a writer that is
         # collected closes its transport, and taken from it there, because so does a connection.
@@ -168,7 +169,7 @@ class _Stream(asyncio.BufferedProtocol):
             if future.done():
                 continue
             if now_s >= until_s:
-                _tell(future, no_reply(TimeoutError("the deadline passed"), self._client_id))
+                _tell(future, no_reply(TimeoutError("the deadline passed"), self.line.client))
             else:
                 self._watch_by(until_s)
 
@@ -184,7 +185,7 @@ class _Stream(asyncio.BufferedProtocol):
             self._transport.abort()
             for future, _, _ in self._pending:
                 if not future.done():
-                    _tell(future, no_reply(error, self._client_id))
+                    _tell(future, no_reply(error, self.line.client))
         self._pending.clear()
         self._room.set()
 
@@ -209,19 +210,21 @@ class MultiplexedWire(AsyncWire):
 
     def exchange(self, packet: Packet) -> Awaitable[list[Reply]]:  # type: ignore[override]  # a future is awaitable, too
         """Send a packet and read a reply for each command, as `AsyncWire.exchange`."""
-        _, commands, until_s = packet
+        _, commands, until_s, again = packet
         count, stream = len(commands), self._stream
         if count <= _LARGE_COMMANDS:
             data = packed(commands)
             if len(data) <= _LARGE_BYTES:
-                if stream is not None and stream.open and asyncio.get_running_loop() is self._loop:
+                if stream is not None and stream.open and again is None and asyncio.get_running_loop() is self._loop:
                     return stream.send(data, count, until_s)
-                return self._exchange_when_open(data, count, until_s)
+                return self._exchange_when_open(data, count, until_s, again)
         return super().exchange(packet)
 
-    async def _exchange_when_open(self, data: bytes, count: int, until_s: float) -> list[Reply]:
+    async def _exchange_when_open(self, data: bytes, count: int, until_s: float, again: Again | None) -> list[Reply]:
         stream = await self._opened(until_s)
-        return await stream.send(data, count, until_s)
+        kills = stream.line.kills(again)
+        replies = await stream.send(packed(kills) + data, len(kills) + count, until_s)
+        return replies[len(kills) :]
 
     async def _opened(self, until_s: float) -> _Stream:
         self._require_own_loop()
@@ -229,7 +232,7 @@ class MultiplexedWire(AsyncWire):
             async with self._opening:
                 if self._stream is None or self._stream.lost is not None:
                     line = await self._open()
-                    self._stream = _Stream(line.connection, line.client_id, self._endpoint.socket_timeout_s)
+                    self._stream = _Stream(line, self._endpoint.socket_timeout_s)
                 stream = self._stream
             try:
                 async with asyncio.timeout(until_s - time.monotonic()):

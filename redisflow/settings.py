@@ -63,6 +63,6 @@ class Settings:
         appending = Appending.keeping(self.event_maxlen)
         return Namespace(self.prefix, self.partitions, self.max_payload_bytes, appending)
 
-    def policy(self, *, real_server: bool) -> Policy:
+    def policy(self, *, real_server: bool, cluster: bool) -> Policy:
         """How calls are delivered under these options."""
-        return Policy(self.deadline_s, plain_scripts=not real_server)
+        return Policy(self.deadline_s, plain_scripts=not real_server, cluster=cluster)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from redis import exceptions as client_errors
 
-from redisflow.calls import Block, Lost, Packet, Refusal, Reply
+from redisflow.calls import Again, Block, Client, Lost, Packet, Primaries, Refusal, Reply
 
 try:
     import hiredis
@@ -37,6 +37,7 @@ MAX_BLOCK_S = 2.0
 _STOP_WITHIN_S = 0.1  # how soon a thread that listens sees that it should stop
 SETTLE_S = 0.005  # messages come in bursts, and one look is enough for each
 CLIENT_ID = (b"CLIENT", b"ID")
+ASKING = (b"ASKING",)
 _CODES = {
     client_errors.NoScriptError: "NOSCRIPT",
     client_errors.ReadOnlyError: "READONLY",
@@ -44,6 +45,8 @@ _CODES = {
     client_errors.NoPermissionError: "NOPERM",
     client_errors.ClusterDownError: "CLUSTERDOWN",
     client_errors.MasterDownError: "MASTERDOWN",
+    client_errors.MovedError: "MOVED",
+    client_errors.AskError: "ASK",
     client_errors.TryAgainError: "TRYAGAIN",
     client_errors.BusyLoadingError: "LOADING",
 }
@@ -52,10 +55,25 @@ _LASTING = (client_errors.AuthenticationError, client_errors.AuthorizationError)
 
 
 class Line(NamedTuple):
-    """An open connection, and what the server calls it, if it says so."""
+    """An open connection, and what its server knows it by, if it says so."""
 
     connection: Any
-    client_id: int | None
+    client: Client | None
+
+    @classmethod
+    def of(cls, connection: Any, client_id: Reply) -> Line:
+        """Name a connection by where it leads and what CLIENT ID was answered."""
+        if not isinstance(client_id, int):
+            return cls(connection, None)
+        host = getattr(connection, "host", None)
+        return cls(connection, (f"{host}:{connection.port}" if host else connection.path, client_id))
+
+    def kills(self, again: Again | None) -> list[tuple[bytes, ...]]:
+        """What must come before a resend over this connection: the end of those lost on the same server."""
+        if again is None or self.client is None:
+            return []
+        server = self.client[0]
+        return [(b"CLIENT", b"KILL", b"ID", b"%d" % number) for at, number in sorted(again.lost) if at == server]
 
 
 def refusal_of(error: Exception) -> Refusal:
@@ -83,9 +101,9 @@ def not_sent(error: Exception) -> Lost:
     return lost
 
 
-def no_reply(error: Exception, client_id: int | None) -> Lost:
+def no_reply(error: Exception, client: Client | None) -> Lost:
     """The loss of a packet that may have been executed."""
-    lost = Lost(f"no reply: {error}", sent=True, client_id=client_id)
+    lost = Lost(f"no reply: {error}", sent=True, client=client)
     lost.__cause__ = error
     return lost
 
@@ -110,10 +128,11 @@ def are_permitted(replies: Sequence[Reply]) -> bool:
     return not refusals
 
 
-def xread(block: Block, socket_timeout_s: float) -> Sequence[bytes]:
+def xread(block: Block, socket_timeout_s: float, *, asking: bool) -> list[tuple[bytes, ...]]:
     """The blocking read of a block: shorter than the socket timeout, or its silence would look like a loss."""
     milliseconds = max(1, int(1000 * min(block.wait_s, MAX_BLOCK_S, socket_timeout_s / 2)))
-    return (b"XREAD", b"COUNT", b"1", b"BLOCK", b"%d" % milliseconds, b"STREAMS", block.stream, block.after)
+    command = (b"XREAD", b"COUNT", b"1", b"BLOCK", b"%d" % milliseconds, b"STREAMS", block.stream, block.after)
+    return [ASKING, command] if asking else [command]
 
 
 class Wire:
@@ -151,19 +170,25 @@ class Wire:
         except Empty:
             raise Lost(f"all {self._max_connections} connections stayed busy", sent=False) from None
         try:
-            return self._exchange_over(self._idle, packet.commands)
+            return self._exchange_over(self._idle, packet.commands, packet.again)
         finally:
             self._slots.put(None)
 
-    def block(self, block: Block) -> list[Reply]:
+    def block(self, block: Block, *, asking: bool = False) -> list[Reply]:
         """Wait for entries of a stream; one reply.
+
+        Args:
+            block: which, and for how long.
+            asking: whether a node of a cluster is to look though the slot is still another's.
 
         Raises:
             Lost: the connection failed.
         """
         if self._pid != os.getpid():
             self._reset()
-        return self._exchange_over(self._idle_blocking, [xread(block, self._endpoint.socket_timeout_s)])
+        return self._exchange_over(self._idle_blocking, xread(block, self._endpoint.socket_timeout_s, asking=asking))[
+            -1:
+        ]
 
     def subscribe(self, channels: Sequence[bytes]) -> Any:
         """A connection of its own that hears channels; `None` if the user may not.
@@ -176,11 +201,15 @@ class Wire:
         try:
             permitted = are_permitted(_roundtrip(line.connection, subscribing(channels)))
         except (client_errors.RedisError, OSError) as error:
-            raise no_reply(error, line.client_id) from error
+            raise no_reply(error, line.client) from error
         finally:
             if not permitted:
                 line.connection.disconnect()
         return line.connection if permitted else None
+
+    def primaries(self, _: Primaries) -> list[tuple[int | None, ...]]:
+        """A slot of each node that takes changes; one reply."""
+        return [(None,)]
 
     def pause(self, seconds: float) -> None:
         """Sleep."""
@@ -199,20 +228,23 @@ class Wire:
         while idle:
             idle.pop().connection.disconnect()
 
-    def _exchange_over(self, idle: deque[Line], commands: Sequence[Sequence[bytes]]) -> list[Reply]:
+    def _exchange_over(
+        self, idle: deque[Line], commands: Sequence[Sequence[bytes]], again: Again | None = None
+    ) -> list[Reply]:
         try:
             line = idle.pop()
         except IndexError:
             line = self._open()
+        kills = line.kills(again)
         try:
-            replies = _roundtrip(line.connection, commands)
+            replies = _roundtrip(line.connection, [*kills, *commands])[len(kills) :]
         except BaseException as error:
             # A connection with an unread reply must not be used again.
             line.connection.disconnect()
             if not isinstance(error, client_errors.RedisError | OSError):
                 raise
             self._drop(idle)  # what broke one connection has most likely broken the idle ones
-            raise no_reply(error, line.client_id) from error
+            raise no_reply(error, line.client) from error
         idle.append(line)
         if self._closed:
             self._drop(idle)
@@ -226,7 +258,7 @@ class Wire:
         except (client_errors.RedisError, OSError) as error:
             connection.disconnect()
             raise not_sent(error) from error
-        return Line(connection, client_id if isinstance(client_id, int) else None)
+        return Line.of(connection, client_id)
 
 
 class Ear:

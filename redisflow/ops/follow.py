@@ -26,7 +26,7 @@ class Watch:
         self._after = None if after is None else require_event_id(after)
         timeout_s = seconds_of("timeout", timeout)
         self._until_s = _FOREVER_S if timeout_s is None else time.monotonic() + timeout_s
-        self._done = False
+        self._done = self._ended = False
 
     def next_page(self) -> Generator[Read | Block, Any, list[FlowEvent] | None]:
         """The next events, waiting for them; `None` at the end."""
@@ -37,7 +37,8 @@ class Watch:
             (last,) = yield Read([command(partition, b"XREVRANGE", stream, b"+", b"-", b"COUNT", 1)])
             self._after = last[0][0] if last else b"0-0"
         while not self._done:
-            # Status before events: when it says ended, the event that ended it is already in the stream.
+            # Status before events: when it says ended, the event that ended it is already in the stream. While a slot
+            # moves to another node they may be read in the other order, and it is there the next time.
             (status, revision), entries = yield Read(
                 [
                     command(partition, b"HMGET", flow_key, b"status", b"revision"),
@@ -49,7 +50,8 @@ class Watch:
             events = [read_event(self._target.flow_id, entry) for entry in entries]
             if status_of(status.decode()).is_terminal:
                 ended_by = next((n for n, event in enumerate(events) if event.revision == int(revision)), None)
-                self._done = ended_by is not None or len(events) < EVENTS_PAGE
+                self._done = ended_by is not None or (self._ended and len(events) < EVENTS_PAGE)
+                self._ended = True
                 events = events[: None if ended_by is None else ended_by + 1]
             if events:
                 self._after = events[-1].id.encode()
@@ -57,7 +59,7 @@ class Watch:
             left_s = self._until_s - time.monotonic()
             if left_s <= 0:
                 self._done = True
-            elif not self._done:
+            elif not self._done and not self._ended:
                 yield Block(partition.slot, stream, self._after, left_s)
         return None
 
@@ -72,8 +74,10 @@ def wait_for(
     until_s = _FOREVER_S if timeout_s is None else time.monotonic() + timeout_s
     partition = partition_of(namespace, target)
     flow_key, stream = partition.flow(target.member), partition.events(target.member)
+    seen: Any = None
     while True:
-        # The last event before the flow: a change after the flow was read comes after that event too.
+        # The last event before the flow: a change after the flow was read comes after that event too. While a slot
+        # moves to another node they may be read in the other order; then the event is of a later revision.
         last, flat = yield Read(
             [
                 command(partition, b"XREVRANGE", stream, b"+", b"-", b"COUNT", 1),
@@ -85,6 +89,9 @@ def wait_for(
             raise FlowNotFound(target.flow_id)
         if flow.status in wanted:
             return flow
+        if last and last != seen and read_event(target.flow_id, last[0]).revision > flow.revision:
+            seen = last
+            continue
         if flow.status.is_terminal:
             raise AlreadyTerminal(target.flow_id, flow.status)
         left_s = until_s - time.monotonic()

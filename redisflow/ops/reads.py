@@ -10,7 +10,7 @@ from typing import Any
 
 import attrs
 
-from redisflow.calls import Command, Read, command
+from redisflow.calls import Command, Primaries, Read, command
 from redisflow.codec import read_flow
 from redisflow.errors import FlowError, InvalidData
 from redisflow.flow import Flow, FlowRef, FlowStatus
@@ -32,14 +32,14 @@ from redisflow.waits import require_name
 _ALL = 2**31  # as one page: a listing without a limit is one look at each set
 
 
-def get(namespace: Namespace, flow_id: FlowRef) -> Generator[Read, Any, Flow | None]:
+def get(namespace: Namespace, flow_id: FlowRef) -> Generator[Read | Primaries, Any, Flow | None]:
     """Read one flow; `None` if there is none."""
     target = Target.at(flow_id_of(flow_id))
     (flat,) = yield Read([hgetall(namespace, target)])
     return read_flow(target.flow_id, flat)
 
 
-def get_many(namespace: Namespace, flow_ids: Iterable[FlowRef]) -> Generator[Read, Any, list[Flow | None]]:
+def get_many(namespace: Namespace, flow_ids: Iterable[FlowRef]) -> Generator[Read | Primaries, Any, list[Flow | None]]:
     """Read flows by id, in the order given; `None` for each there is not."""
     targets = [Target.at(flow_id_of(flow_id)) for flow_id in flow_ids]
     if not targets:
@@ -48,7 +48,7 @@ def get_many(namespace: Namespace, flow_ids: Iterable[FlowRef]) -> Generator[Rea
     return [read_flow(target.flow_id, flat) for target, flat in zip(targets, replies, strict=True)]
 
 
-def count_by_status(namespace: Namespace) -> Generator[Read, Any, dict[FlowStatus, int]]:
+def count_by_status(namespace: Namespace) -> Generator[Read | Primaries, Any, dict[FlowStatus, int]]:
     """How many flows are in each status."""
     partitions = namespace.keyspace.partitions
     commands = [
@@ -126,7 +126,7 @@ class Listing:
         end = score_before("updated_before", updated_before)
         return cls(namespace, page, owner=b"", status=status_of(status), end=end)
 
-    def next_page(self) -> Generator[Read, Any, list[Flow] | None]:
+    def next_page(self) -> Generator[Read | Primaries, Any, list[Flow] | None]:
         """The next flows in order; `None` after the last. A damaged flow must not hide the others."""
         targets = yield from self.next_targets()
         if targets is None:
@@ -138,7 +138,7 @@ class Listing:
         """Whether the flow is still where the index had it when it was read."""
         return self._status is None or flow.status is self._status
 
-    def next_targets(self) -> Generator[Read, Any, list[Target] | None]:
+    def next_targets(self) -> Generator[Read | Primaries, Any, list[Target] | None]:
         """The next ids in order; `None` after the last."""
         if not self._sources:
             self._sources = [self._source(partition) for partition in self._namespace.keyspace.partitions]
@@ -159,15 +159,17 @@ class Listing:
         score = source.buffer[0][0]
         return -score if self._status is None else score
 
-    def _refill(self, sources: list[_Source], wanted: int) -> Generator[Read, Any, None]:
+    def _refill(self, sources: list[_Source], wanted: int) -> Generator[Read | Primaries, Any, None]:
         """Read the next piece of some sets: a fair share of what is wanted, with room for an uneven spread."""
         count = 2 * wanted // len(self._sources) + 8
         asks = [source.ask(count, self._end, newest_first=self._status is None) for source in sources]
-        (seconds, micros), *replies = yield Read([command(None, b"TIME"), *asks])
-        for source, flat in zip(sources, replies, strict=True):
+        # Each node of a cluster has a clock of its own: what is there now must not be later than the end.
+        clocks = (yield Primaries()) if self._end == b"+inf" else ()
+        replies = yield Read([*(command(primary, b"TIME") for primary in clocks), *asks])
+        for source, flat in zip(sources, replies[len(clocks) :], strict=True):
             source.take(flat)
-        if self._end == b"+inf":
-            self._end = b"%d%06d" % (int(seconds), int(micros))
+        if clocks:
+            self._end = max(b"%d%06d" % (int(seconds), int(micros)) for seconds, micros in replies[: len(clocks)])
 
     def _source(self, partition: Partition) -> _Source:
         if self._status is None:
@@ -175,7 +177,7 @@ class Listing:
         return _Source(partition, partition.status(self._status), b"-inf")
 
 
-def list_by_owner(namespace: Namespace, owner: str, limit: int | None) -> Generator[Read, Any, list[Flow]]:
+def list_by_owner(namespace: Namespace, owner: str, limit: int | None) -> Generator[Read | Primaries, Any, list[Flow]]:
     """The flows of an owner, newest first."""
     limit = limit_of(limit)
     return _first(Listing.of_owner(namespace, owner, limit or _ALL), limit)
@@ -183,13 +185,13 @@ def list_by_owner(namespace: Namespace, owner: str, limit: int | None) -> Genera
 
 def list_by_status(
     namespace: Namespace, status: FlowStatus | str, limit: int | None, updated_before: datetime | None
-) -> Generator[Read, Any, list[Flow]]:
+) -> Generator[Read | Primaries, Any, list[Flow]]:
     """The flows in a status, the longest unchanged first."""
     limit = limit_of(limit)
     return _first(Listing.of_status(namespace, status, updated_before, limit or _ALL), limit)
 
 
-def _first(listing: Listing, limit: int | None) -> Generator[Read, Any, list[Flow]]:
+def _first(listing: Listing, limit: int | None) -> Generator[Read | Primaries, Any, list[Flow]]:
     flows: list[Flow] = []
     while limit is None or len(flows) < limit:
         page = yield from listing.next_page()
@@ -201,7 +203,7 @@ def _first(listing: Listing, limit: int | None) -> Generator[Read, Any, list[Flo
 
 def read_sound(
     namespace: Namespace, targets: Sequence[Target], otherwise: str, level: int = logging.WARNING
-) -> Generator[Read, Any, list[Flow]]:
+) -> Generator[Read | Primaries, Any, list[Flow]]:
     """Read flows, without those that are gone; a damaged one is logged, with what became of it."""
     replies = yield Read([hgetall(namespace, target) for target in targets], tolerant=True)
     flows: list[Flow] = []

@@ -8,10 +8,10 @@ from datetime import timedelta
 from typing import Any
 
 from redisflow import scripts
-from redisflow.calls import Batch, Call, Command, Read, command
+from redisflow.calls import Batch, Call, Command, Primaries, Read, command
 from redisflow.errors import FlowError, InvalidData, LayoutMismatch, StorageError
 from redisflow.flow import TERMINAL, FlowRef, FlowStatus
-from redisflow.keys import DEFAULT_PARTITIONS, LAYOUT_VERSION, MAX_PARTITIONS, Partition, meta_key
+from redisflow.keys import DEFAULT_PARTITIONS, LAYOUT_VERSION, MAX_PARTITIONS, Partition, meta_key, slot_of
 from redisflow.ops.namespace import (
     Namespace,
     Target,
@@ -33,7 +33,7 @@ PRUNE_PAGE = 500
 # --- connecting ----------------------------------------------------------------------------------------
 
 
-def connect(namespace: Namespace, *, real_server: bool, allow_eviction: bool) -> Generator[Read, Any, None]:
+def connect(namespace: Namespace, *, real_server: bool, allow_eviction: bool) -> Generator[Read | Primaries, Any, None]:
     """Check the server and join the namespace, creating it where it is new.
 
     Raises:
@@ -41,17 +41,19 @@ def connect(namespace: Namespace, *, real_server: bool, allow_eviction: bool) ->
         LayoutMismatch: the namespace was created with another layout; nothing was written.
     """
     if real_server:
-        yield from _check_server(allow_eviction=allow_eviction)
+        for primary in (yield Primaries()):
+            yield from _check_server(primary, allow_eviction=allow_eviction)
     meta = meta_key(namespace.prefix).encode()
-    fields = command(None, b"HMGET", meta, b"layout", b"partitions")
+    slot = slot_of(meta_key(namespace.prefix))
+    fields = command(slot, b"HMGET", meta, b"layout", b"partitions")
     ((layout, partitions),) = yield Read([fields])
     if layout is None and partitions is None:
         wanted = DEFAULT_PARTITIONS if namespace.partitions is None else namespace.partitions
         # Whoever sets a field first decides it: two creators of one namespace end with the same settings.
         _, _, (layout, partitions) = yield Read(
             [
-                command(None, b"HSETNX", meta, b"partitions", wanted),
-                command(None, b"HSETNX", meta, b"layout", LAYOUT_VERSION),
+                command(slot, b"HSETNX", meta, b"partitions", wanted),
+                command(slot, b"HSETNX", meta, b"layout", LAYOUT_VERSION),
                 fields,
             ]
         )
@@ -62,10 +64,10 @@ def connect(namespace: Namespace, *, real_server: bool, allow_eviction: bool) ->
         raise LayoutMismatch(namespace.prefix, "partition count", namespace.partitions or 0, found_partitions)
     namespace.connected(found_partitions)
     if real_server:
-        yield from _check_permissions(namespace.keyspace.partitions[0], meta)
+        yield from _check_permissions(namespace.keyspace.partitions[0], slot, meta)
 
 
-def _check_permissions(partition: Partition, meta: bytes) -> Generator[Read, Any, None]:
+def _check_permissions(partition: Partition, meta_slot: int, meta: bytes) -> Generator[Read, Any, None]:
     """Check that this user may do what the scripts do: refused midway, a script keeps what it wrote before.
 
     Raises:
@@ -84,8 +86,8 @@ def _check_permissions(partition: Partition, meta: bytes) -> Generator[Read, Any
             command(partition, b"HGET", flow, b"status"),
             command(partition, b"HEXISTS", flow, b"s"),
             command(partition, b"HDEL", flow, b"s"),
-            command(partition, b"HSET", meta, b"layout", LAYOUT_VERSION),
-            command(partition, b"HINCRBY", meta, b"layout", 0),
+            command(meta_slot, b"HSET", meta, b"layout", LAYOUT_VERSION),
+            command(meta_slot, b"HINCRBY", meta, b"layout", 0),
             command(partition, b"HVALS", steps),
             command(partition, b"UNLINK", flow, events, steps),
             command(partition, b"XADD", events, b"NOMKSTREAM", b"*", b"rev", b"0"),
@@ -118,10 +120,10 @@ def _number(namespace: Namespace, text: bytes | None) -> int:
     return int(text)
 
 
-def _check_server(*, allow_eviction: bool) -> Generator[Read, Any, None]:
-    """Check the version, and that what is stored stays stored."""
+def _check_server(slot: int | None, *, allow_eviction: bool) -> Generator[Read, Any, None]:
+    """Check the version of the node that has a slot, and that what is stored there stays stored."""
     info_reply, save_reply = yield Read(
-        [command(None, b"INFO"), command(None, b"CONFIG", b"GET", b"save")], tolerant=True
+        [command(slot, b"INFO"), command(slot, b"CONFIG", b"GET", b"save")], tolerant=True
     )
     if isinstance(info_reply, FlowError):
         raise info_reply

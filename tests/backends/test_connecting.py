@@ -22,9 +22,11 @@ if TYPE_CHECKING:
 
 def checked(info: str, save: list[bytes] | StorageError, *, allow_eviction: bool = False) -> Sequence[Command]:
     """Drive the connection's check by hand: give it what INFO and CONFIG GET save say; return how it goes on."""
-    op = upkeep.connect(Namespace("p"), real_server=True, allow_eviction=allow_eviction)
+    op: Any = upkeep.connect(Namespace("p"), real_server=True, allow_eviction=allow_eviction)
     next(op)
-    return op.send([info.replace("\n", "\r\n").encode(), save]).commands
+    op.send((None,))
+    commands: Sequence[Command] = op.send([info.replace("\n", "\r\n").encode(), save]).commands
+    return commands
 
 
 GOOD = "# Server\nredis_version:7.4.0\naof_enabled:1\nmaxmemory_policy:noeviction\n"

@@ -1,0 +1,138 @@
+"""Carries packets to the nodes of a cluster, for the sync manager: a `Wire` for each node."""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections.abc import Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from redisflow.calls import Again, Block, Lost, Packet, Primaries, Refusal, Reply
+from redisflow.topology import SLOTS_COMMAND, Address, Topology, no_cluster, uncovered
+from redisflow.wire import Wire
+
+if TYPE_CHECKING:
+    from redisflow.connection import ClusterEndpoint, Endpoint
+
+LOOK_EVERY_S = 0.1  # at most so often the nodes are asked who has what
+
+
+class ClusterWire:
+    """Connections to the nodes of a cluster, shared by threads."""
+
+    def __init__(self, cluster: ClusterEndpoint, *, max_connections: int, acquire_timeout_s: float) -> None:
+        self._cluster = cluster
+        self._wire_to = partial(Wire, max_connections=max_connections, acquire_timeout_s=acquire_timeout_s)
+        self._topology = Topology(cluster.seeds, cluster.remap)
+        self._wires: dict[Address, Wire] = {}
+        self._lock = threading.Lock()
+        self._looking = threading.Lock()
+        self._looked_s = 0.0
+
+    def exchange(self, packet: Packet) -> list[Reply]:
+        """Send the commands of a packet to their nodes and read a reply for each.
+
+        Raises:
+            Lost: no node could be asked where they belong.
+        """
+        self._look(packet.again, packet.until_s)
+        replies: list[Reply] = [uncovered(slot) for slot in packet.slots]
+        for part in self._topology.parts(packet.slots, packet.again):
+            try:
+                part.place(self._at(part.address).exchange(part.packet(packet)), replies)
+            except Lost as lost:
+                part.lose(lost, replies)
+        return replies
+
+    def block(self, block: Block) -> list[Reply]:
+        """Wait for entries of a stream; one reply.
+
+        Raises:
+            Lost: the connection failed.
+        """
+        self._look(block.again)
+        part = self._topology.place(block.slot, block.again)
+        return [uncovered(block.slot)] if part is None else self._at(part.address).block(block, asking=part.asking)
+
+    def subscribe(self, channels: Sequence[bytes]) -> Any:
+        """A connection of its own that hears channels, on any node: a message reaches them all.
+
+        Raises:
+            Lost: the connection failed.
+        """
+        self._look(None)
+        address = self._topology.owner(None)
+        return self._at(address or self._cluster.seeds[0]).subscribe(channels)
+
+    def primaries(self, primaries: Primaries) -> list[tuple[int, ...]]:
+        """A slot of each node that takes changes; one reply."""
+        self._look(primaries.again)
+        return [self._topology.primaries()]
+
+    def pause(self, seconds: float) -> None:
+        """Sleep."""
+        time.sleep(seconds)
+
+    def close(self) -> None:
+        """Close every connection, those in use once they are idle."""
+        with self._lock:
+            wires = list(self._wires.values())
+            self._wires.clear()
+        for wire in wires:
+            wire.close()
+
+    def _at(self, address: Address) -> Wire:
+        with self._lock:
+            wire = self._wires.get(address)
+            if wire is None:
+                wire = self._wires[address] = self._wire_to(self._cluster.endpoint_at(address))
+            return wire
+
+    def _look(self, again: Again | None, until_s: float = math.inf) -> None:
+        """Ask who has what, if nothing is known or what is known did not serve.
+
+        Raises:
+            Lost: no node said.
+        """
+        if again is not None:
+            self._topology.learn(again)
+        if again is None and self._topology.known:
+            return
+        asked_s = time.monotonic()
+        with self._looking:
+            if self._topology.known and self._looked_s > asked_s - LOOK_EVERY_S:
+                return
+            self._ask_around(again, until_s)
+            self._looked_s = time.monotonic()
+
+    def _ask_around(self, again: Again | None, until_s: float) -> None:
+        failure = Lost("no node of the cluster answers", sent=False)
+        for address in self._topology.informants(again):
+            try:
+                (reply,) = self._at(address).exchange(Packet((None,), (SLOTS_COMMAND,), until_s))
+            except Lost as lost:
+                failure = Lost(f"no node of the cluster answers: {lost}", sent=False, lasting=lost.lasting)
+                failure.__cause__ = lost.__cause__
+                continue
+            if not isinstance(reply, Refusal):
+                self._topology.take(reply, address)
+                return self._drop_the_gone()
+            failure = no_cluster(reply)
+        raise failure
+
+    def _drop_the_gone(self) -> None:
+        with self._lock:
+            gone = [self._wires.pop(address) for address in self._wires.keys() - self._topology.nodes()]
+        for wire in gone:
+            wire.close()
+
+
+def wire_to(
+    endpoint: Endpoint | ClusterEndpoint, *, max_connections: int, acquire_timeout_s: float
+) -> Wire | ClusterWire:
+    """The wire for an endpoint."""
+    kind: Any = ClusterWire if endpoint.is_cluster else Wire
+    wire: Wire | ClusterWire = kind(endpoint, max_connections=max_connections, acquire_timeout_s=acquire_timeout_s)
+    return wire
