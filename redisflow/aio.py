@@ -73,7 +73,7 @@ class AsyncFlowManager:
         answer: Any
         try:
             wanted = next(op)
-            if type(wanted) is not Call:
+            if type(wanted) is not Call or policy.confirm is not None:
                 return await self._drive(wire, go_on(op, wanted, policy))
             # Nearly every operation is one call, and is answered: of thousands under way, each waits just here.
             sent_s = policy.clock()
@@ -128,7 +128,10 @@ class AsyncFlowManager:
                 )
                 self._policy = settings.policy(real_server=endpoint.real_server, cluster=endpoint.is_cluster)
                 check = upkeep.connect(
-                    self.namespace, real_server=endpoint.real_server, allow_eviction=settings.allow_eviction
+                    self.namespace,
+                    real_server=endpoint.real_server,
+                    allow_eviction=settings.allow_eviction,
+                    confirms=self._policy.confirm is not None,
                 )
                 try:
                     await self._drive(wire, deliver(check, self._policy))

@@ -43,8 +43,8 @@ class AsyncClusterWire:
         Raises:
             Lost: no node could be asked where they belong.
         """
-        slots, _, _, again = packet
-        if again is None and len(slots) == 1 and (wire := self._wire_of.get(slots[0])) is not None:
+        slots = packet.slots
+        if packet.again is None and len(slots) == 1 and (wire := self._wire_of.get(slots[0])) is not None:
             return wire.exchange(packet)
         return self._exchange(packet)
 

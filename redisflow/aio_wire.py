@@ -12,20 +12,22 @@ from typing import TYPE_CHECKING, Any
 
 from redis import exceptions as client_errors
 
-from redisflow.calls import Again, Block, Lost, Packet, Primaries, Reply
+from redisflow.calls import Block, Lost, Packet, Primaries, Reply
 from redisflow.errors import StorageError
 from redisflow.wire import (
     CLIENT_ID,
     SETTLE_S,
     Line,
+    Replicas,
     are_permitted,
+    blocking,
     is_refusal,
+    judged,
     no_reply,
     not_sent,
     packed,
     refusal_of,
     subscribing,
-    xread,
 )
 
 if TYPE_CHECKING:
@@ -49,6 +51,7 @@ class AsyncWire:
         self._idle: deque[Line] = deque()
         self._idle_blocking: deque[Line] = deque()
         self._slots = asyncio.Semaphore(max_connections)
+        self._replicas = Replicas(endpoint.socket_timeout_s)
         self._closed = False
 
     async def exchange(self, packet: Packet) -> list[Reply]:
@@ -68,7 +71,7 @@ class AsyncWire:
         else:
             await self._slots.acquire()
         try:
-            return await self._exchange_over(self._idle, packet.commands, packet.until_s, packet.again)
+            return await self._exchange_over(self._idle, packet)
         finally:
             self._slots.release()
 
@@ -83,8 +86,8 @@ class AsyncWire:
             Lost: the connection failed.
         """
         self._require_own_loop()
-        commands = xread(block, self._endpoint.socket_timeout_s, asking=asking)
-        return (await self._exchange_over(self._idle_blocking, commands))[-1:]
+        packet = blocking(block, self._endpoint.socket_timeout_s, asking=asking)
+        return (await self._exchange_over(self._idle_blocking, packet))[-1:]
 
     async def subscribe(self, channels: Sequence[bytes]) -> Any:
         """A connection of its own that hears channels; `None` if the user may not.
@@ -130,18 +133,24 @@ class AsyncWire:
         while idle:
             await idle.pop().connection.disconnect(nowait=True)
 
-    async def _exchange_over(
-        self,
-        idle: deque[Line],
-        commands: Sequence[Sequence[bytes]],
-        until_s: float | None = None,
-        again: Again | None = None,
-    ) -> list[Reply]:
+    async def _exchange_over(self, idle: deque[Line], packet: Packet) -> list[Reply]:
         line = idle.pop() if idle else await self._open()
-        kills = line.kills(again)
+        confirm = packet.confirm
+        kills = line.kills(packet.again)
+        wanted = 0 if confirm is None else self._replicas.wanted(confirm)
+        tail = [] if confirm is None else self._replicas.waiting(confirm, wanted)
+        begin, end = len(kills), len(kills) + len(packet.commands)
         try:
-            async with asyncio.timeout(None if until_s is None else until_s - time.monotonic()):
-                replies = (await _roundtrip(line.connection, [*kills, *commands]))[len(kills) :]
+            async with asyncio.timeout_at(self._loop.time() + packet.until_s - time.monotonic()):
+                everything = await _roundtrip(line.connection, [*kills, *packet.commands, *tail])
+                replies, said = everything[begin:end], everything[end:]
+                if confirm is not None:
+                    self._replicas.see(said)
+                    while wanted < self._replicas.wanted(confirm):  # there are more than were waited for
+                        wanted = self._replicas.wanted(confirm)
+                        said = await _roundtrip(line.connection, self._replicas.waiting(confirm, wanted))
+                        self._replicas.see(said)
+                    replies = judged(replies, wanted, said)
         except BaseException as error:
             # Cancelled or lost, it has an unread reply: the connection must not be used again.
             await line.connection.disconnect(nowait=True)

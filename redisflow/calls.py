@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 import attrs
 
+from redisflow.errors import NotDurable
+from redisflow.flow import Flow
+
 if TYPE_CHECKING:
     from uuid import UUID
 
@@ -62,9 +65,14 @@ class Call:
 
 @attrs.frozen(eq=False)
 class Batch:
-    """Independent calls, sent together. Resumed with one outcome each: a reply, or the error as a value."""
+    """Independent calls, sent together. Resumed with one outcome each: a reply, or the error as a value.
+
+    Attributes:
+        confirm: whether replicas are waited for as for a single call; a shortfall is an `Unconfirmed`.
+    """
 
     calls: Sequence[Call]
+    confirm: bool = False
 
 
 class Command(NamedTuple):
@@ -155,12 +163,46 @@ class Packet(NamedTuple):
         slots: where each command belongs; `None` where any node will do.
         until_s: monotonic seconds: when who sends it waits no longer.
         again: what earlier attempts came to; `None` for a first one.
+        confirm: the replicas to wait for behind the commands; `None` for none.
     """
 
     slots: Sequence[int | None]
     commands: Sequence[Sequence[bytes]]
     until_s: float
     again: Again | None = None
+    confirm: Confirm | None = None
+
+
+@attrs.frozen
+class Confirm:
+    """Wait until replicas have what was written.
+
+    Attributes:
+        replicas: how many; `None` for all.
+        within_s: seconds.
+        flow_keys: those of the commands' flows. A resend that finds what its first attempt did writes nothing, and
+            newer servers then wait for nothing: so there is a write of its own to wait for.
+        asking: whether the node is to take it though the slot is still another's.
+    """
+
+    replicas: int | None
+    within_s: float
+    flow_keys: Sequence[bytes] = ()
+    asking: bool = False
+
+
+class Unconfirmed(NamedTuple):
+    """A reply to what fewer replicas have confirmed than were wanted."""
+
+    reply: Reply
+    wanted: int
+    reached: int
+
+    def error(self, result: object) -> NotDurable:
+        """What to raise, once the operation has come to a result."""
+        parts = result if isinstance(result, tuple) else (result,)
+        flow = next((part for part in parts if isinstance(part, Flow)), None)
+        return NotDurable(flow, self.wanted, self.reached)
 
 
 @attrs.frozen

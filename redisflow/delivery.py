@@ -23,6 +23,7 @@ from redisflow.calls import (
     Call,
     Client,
     Command,
+    Confirm,
     Lost,
     Op,
     Packet,
@@ -32,6 +33,7 @@ from redisflow.calls import (
     Refusal,
     Reply,
     T,
+    Unconfirmed,
 )
 from redisflow.errors import FlowError, InvalidData, OutcomeUnknown, StorageError
 from redisflow.scripts import Source
@@ -77,12 +79,14 @@ class Policy:
         deadline_s: seconds from the first attempt until a call gives up.
         plain_scripts: send scripts without `#!lua`, for fakeredis.
         cluster: whether there are several nodes, which send commands on to each other.
+        confirm: the replicas each change waits for; `None` for none.
         clock: monotonic seconds.
     """
 
     deadline_s: float
     plain_scripts: bool = False
     cluster: bool = False
+    confirm: Confirm | None = None
     clock: Callable[[], float] = time.monotonic
 
 
@@ -122,25 +126,21 @@ class _Attempts:
 class _Asked(_Attempts):
     """Those of a command that may be asked any number of times."""
 
-    __slots__ = ("_args",)
+    __slots__ = ("args",)
 
     def __init__(self, command: Command, *, insist: bool = True) -> None:
         super().__init__(command.slot, _naming(command.args), insist=insist)
-        self._args = command.args
-
-    def command(self, now_s: float, told: set[object]) -> Sequence[bytes]:  # noqa: ARG002 - as a call has them
-        """The command to send."""
-        return self._args
+        self.args = command.args
 
 
 class _Called(_Attempts):
     """Those of a call, which must be applied once."""
 
-    __slots__ = ("_call", "_first_s", "_source", "_text")
+    __slots__ = ("_first_s", "_source", "_text", "call")
 
     def __init__(self, call: Call, policy: Policy) -> None:
         super().__init__(call.slot, call.subject)
-        self._call = call
+        self.call = call
         self._source = _source_of(call, policy)
         self._text = False
         self._first_s: float | None = None
@@ -153,7 +153,7 @@ class _Called(_Attempts):
         text = self._text and script not in told
         if text:
             told.add(script)
-        return self._call.command(self._source, span_ms, text=text)
+        return self.call.command(self._source, span_ms, text=text)
 
     def note(self, answer: Reply | Refusal | Lost, sent_s: float, policy: Policy) -> bool:
         """Take in what came of a packet sent at `sent_s`. Returns whether to send again at once."""
@@ -169,7 +169,7 @@ class _Called(_Attempts):
         super().give_up(failure)
         error = self.outcome
         if self._first_s is not None:
-            unknown = OutcomeUnknown(self._call.op_id, f"{self.subject}: no reply came, and then: {error}")
+            unknown = OutcomeUnknown(self.call.op_id, f"{self.subject}: no reply came, and then: {error}")
             unknown.__cause__ = error.__cause__ or error
             self.outcome = unknown
 
@@ -218,10 +218,8 @@ def _sent(step: Step) -> Generator[Step, Any, Sequence[Reply | Refusal | Lost]]:
     return replies
 
 
-def _packet(pending: Sequence[Any], now_s: float, until_s: float, again: Again) -> Packet:
-    told: set[object] = set()
-    commands = [attempts.command(now_s, told) for attempts in pending]
-    return Packet([attempts.slot for attempts in pending], commands, until_s, again)
+# Makes the step that sends what is pending, at a time, to be answered by another, after what came before.
+_NextStep = Callable[[Sequence[Any], float, float, Again], Step]
 
 
 def _insist(
@@ -229,7 +227,7 @@ def _insist(
     answers: Sequence[Reply | Refusal | Lost],
     sent_s: float,
     policy: Policy,
-    next_step: Callable[[Sequence[Any], float, float, Again], Step] = _packet,
+    next_step: _NextStep,
 ) -> Generator[Step, Any, list[Reply | FlowError]]:
     """Send again, after those answers, until each command is settled. Returns one outcome each."""
     pending = attempts
@@ -257,12 +255,28 @@ def _insist(
         answers = yield from _sent(next_step(pending, sent_s, max(backoff.until_s, sent_s + _LEAST_WAIT_S), again))
 
 
+def _asking(pending: Sequence[_Asked], _: float, until_s: float, again: Again) -> Packet:
+    return Packet([each.slot for each in pending], [each.args for each in pending], until_s, again)
+
+
+def _calling(confirm: Confirm | None, pending: Sequence[_Called], now_s: float, until_s: float, again: Again) -> Packet:
+    told: set[object] = set()
+    commands = [each.command(now_s, told) for each in pending]
+    slots = [each.slot for each in pending]
+    return Packet(slots, commands, until_s, again, _confirm(confirm, [each.call for each in pending]))
+
+
+def _confirm(confirm: Confirm | None, calls: Sequence[Call]) -> Confirm | None:
+    return confirm and attrs.evolve(confirm, flow_keys=[call.keys[0] for call in calls])
+
+
 TROUBLES = (Refusal, Lost)  # what an answer is that is no reply
 
 
 def _rescue(call: Call, trouble: Refusal | Lost, sent_s: float, policy: Policy) -> Generator[Step, Any, Reply]:
     """Settle a call whose first attempt was not answered."""
-    (outcome,) = yield from _insist((_Called(call, policy),), (trouble,), sent_s, policy)
+    next_step = partial(_calling, policy.confirm)
+    (outcome,) = yield from _insist((_Called(call, policy),), (trouble,), sent_s, policy, next_step)
     if isinstance(outcome, FlowError):
         raise outcome from outcome.__cause__
     return outcome
@@ -287,7 +301,7 @@ def _rounds(calls: Sequence[Call], policy: Policy) -> Iterator[Sequence[int]]:
             yield numbers[start : start + _BATCH_LIMIT]
 
 
-def _first_packet(calls: Sequence[Call], sent_s: float, policy: Policy) -> Packet:
+def _first_packet(calls: Sequence[Call], sent_s: float, confirm: Confirm | None, policy: Policy) -> Packet:
     """The first attempts of calls. A lone server is sent each script in full once.
 
     What it does not know would run out of order.
@@ -298,16 +312,21 @@ def _first_packet(calls: Sequence[Call], sent_s: float, policy: Policy) -> Packe
         source = _source_of(call, policy)
         commands.append(call.command(source, text=not policy.cluster and source.sha not in known))
         known.add(source.sha)
-    return Packet([call.slot for call in calls], commands, sent_s + policy.deadline_s)
+    slots = [call.slot for call in calls]
+    return Packet(slots, commands, sent_s + policy.deadline_s, confirm=_confirm(confirm, calls))
 
 
 def _deliver_batch(batch: Batch, policy: Policy) -> Generator[Step, Any, list[Reply | FlowError]]:
     outcomes: list[Reply | FlowError] = [None] * len(batch.calls)
+    confirm = policy.confirm if batch.confirm else None
     for numbers in _rounds(batch.calls, policy):
         calls = [batch.calls[number] for number in numbers]
         sent_s = policy.clock()
-        answers = yield from _sent(_first_packet(calls, sent_s, policy))
-        settled = yield from _settled(calls, answers, sent_s, policy, lambda call: _Called(call, policy))
+        answers = yield from _sent(_first_packet(calls, sent_s, confirm, policy))
+        attempts_of = partial(_Called, policy=policy)
+        settled = yield from _settled(
+            calls, answers, sent_s, policy, attempts_of=attempts_of, next_step=partial(_calling, confirm)
+        )
         for number, outcome in zip(numbers, settled, strict=True):
             outcomes[number] = outcome
     return outcomes
@@ -320,8 +339,8 @@ def _deliver_read(read: Read, policy: Policy) -> Generator[Step, Any, list[Reply
         sent_s = policy.clock()
         slots, args = [command.slot for command in commands], [command.args for command in commands]
         answers = yield from _sent(Packet(slots, args, sent_s + policy.deadline_s))
-        asked = partial(_Asked, insist=read.insist)
-        replies += yield from _settled(commands, answers, sent_s, policy, asked)
+        attempts_of = partial(_Asked, insist=read.insist)
+        replies += yield from _settled(commands, answers, sent_s, policy, attempts_of=attempts_of, next_step=_asking)
     if not read.tolerant:
         for reply in replies:
             if isinstance(reply, FlowError):
@@ -330,14 +349,20 @@ def _deliver_read(read: Read, policy: Policy) -> Generator[Step, Any, list[Reply
 
 
 def _settled(
-    wanted: Sequence[T], answers: Sequence[Reply], sent_s: float, policy: Policy, attempts_of: Callable[[T], _Attempts]
+    wanted: Sequence[T],
+    answers: Sequence[Reply],
+    sent_s: float,
+    policy: Policy,
+    *,
+    attempts_of: Callable[[T], _Attempts],
+    next_step: _NextStep,
 ) -> Generator[Step, Any, list[Reply | FlowError]]:
     """The answers of first attempts, and what came of those that met with trouble."""
     outcomes = list(answers)
     troubled = [number for number, answer in enumerate(answers) if type(answer) in TROUBLES]
     if troubled:
         attempts = [attempts_of(wanted[number]) for number in troubled]
-        settled = yield from _insist(attempts, [answers[number] for number in troubled], sent_s, policy)
+        settled = yield from _insist(attempts, [answers[number] for number in troubled], sent_s, policy, next_step)
         for number, outcome in zip(troubled, settled, strict=True):
             outcomes[number] = outcome
     return outcomes
@@ -386,7 +411,17 @@ _DELIVER: dict[type, Callable[..., Generator[Step, Any, Any]]] = {
 
 def first_attempt(call: Call, sent_s: float, policy: Policy) -> Packet:
     """The packet of a call that is sent for the first time."""
-    return Packet((call.slot,), (call.command(_source_of(call, policy)),), sent_s + policy.deadline_s)
+    command, until_s = call.command(_source_of(call, policy)), sent_s + policy.deadline_s
+    if policy.confirm is None:
+        return Packet((call.slot,), (command,), until_s)
+    return Packet((call.slot,), (command,), until_s, confirm=_confirm(policy.confirm, [call]))
+
+
+def _result(stop: StopIteration, short: Unconfirmed | None) -> Any:
+    """What the operation came to, unless fewer replicas have it than should."""
+    if short is not None:
+        raise short.error(stop.value) from None
+    return stop.value
 
 
 def deliver(op: Op[T], policy: Policy) -> Generator[Step, Any, T]:
@@ -402,7 +437,12 @@ def deliver(op: Op[T], policy: Policy) -> Generator[Step, Any, T]:
 def go_on(
     op: Op[T], wanted: Any, policy: Policy, trouble: Refusal | Lost | None = None, sent_s: float = 0.0
 ) -> Generator[Step, Any, T]:
-    """Drive an operation on from what it wants; from a call whose first attempt, at `sent_s`, came to trouble."""
+    """Drive an operation on from what it wants; from a call whose first attempt, at `sent_s`, came to trouble.
+
+    Raises:
+        NotDurable: it went through, and fewer replicas confirmed it than the policy wants.
+    """
+    short: Unconfirmed | None = None
     try:
         while True:
             try:
@@ -420,10 +460,12 @@ def go_on(
                         continue
                 else:
                     reply = yield from _DELIVER[type(wanted)](wanted, policy)
+                if type(reply) is Unconfirmed:
+                    short, reply = reply, reply.reply
             except FlowError as error:
                 wanted = op.throw(error)
             else:
                 wanted = op.send(reply)
     except StopIteration as stop:
-        result: T = stop.value
-        return result
+        outcome: T = _result(stop, short)
+        return outcome

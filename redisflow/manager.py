@@ -123,7 +123,10 @@ class FlowManager:
                 )
                 self._policy = settings.policy(real_server=endpoint.real_server, cluster=endpoint.is_cluster)
                 check = upkeep.connect(
-                    self.namespace, real_server=endpoint.real_server, allow_eviction=settings.allow_eviction
+                    self.namespace,
+                    real_server=endpoint.real_server,
+                    allow_eviction=settings.allow_eviction,
+                    confirms=self._policy.confirm is not None,
                 )
                 try:
                     self._drive(wire, check)

@@ -200,7 +200,7 @@ class _ErrorReply(Exception):
 
 
 class MultiplexedWire(AsyncWire):
-    """Small packets share one connection; large ones and blocking reads have connections of their own."""
+    """Small packets share one connection; those that take long or block have connections of their own."""
 
     def __init__(self, endpoint: Endpoint, *, max_connections: int, acquire_timeout_s: float) -> None:
         """Bind to the running event loop."""
@@ -210,9 +210,9 @@ class MultiplexedWire(AsyncWire):
 
     def exchange(self, packet: Packet) -> Awaitable[list[Reply]]:  # type: ignore[override]  # a future is awaitable, too
         """Send a packet and read a reply for each command, as `AsyncWire.exchange`."""
-        _, commands, until_s, again = packet
+        _, commands, until_s, again, confirm = packet
         count, stream = len(commands), self._stream
-        if count <= _LARGE_COMMANDS:
+        if count <= _LARGE_COMMANDS and confirm is None:
             data = packed(commands)
             if len(data) <= _LARGE_BYTES:
                 if stream is not None and stream.open and again is None and asyncio.get_running_loop() is self._loop:

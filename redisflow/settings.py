@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import attrs
 
+from redisflow.calls import Confirm
 from redisflow.delivery import Policy
 from redisflow.errors import InvalidData
 from redisflow.ops.namespace import DEFAULT_MAX_PAYLOAD_BYTES, Namespace
 from redisflow.scripts import Appending
 
+_REPLICAS = re.compile(r"replicas:([1-9][0-9]?)")
 _LEAST_EVENTS, _MOST_EVENTS = 100, 2**63 - 1  # what lua/include/look_back.lua reads at least; what XADD takes
 
 
@@ -34,6 +37,25 @@ def _trail(_: object, attribute: attrs.Attribute[Any], value: object) -> None:
         )
 
 
+def confirm_of(durability: object, within_s: float) -> Confirm | None:
+    """What each change waits for.
+
+    Raises:
+        InvalidData: not `local`, `replicas:N` or `all`.
+    """
+    if durability == "local":
+        return None
+    if durability == "all":
+        return Confirm(None, within_s)
+    if isinstance(durability, str) and (match := _REPLICAS.fullmatch(durability)):
+        return Confirm(int(match[1]), within_s)
+    raise InvalidData(f"durability must be 'local', 'replicas:N' with N from 1 to 99, or 'all', not {durability!r}")
+
+
+def _durability(instance: Settings, _: object, value: object) -> None:
+    confirm_of(value, instance.confirm_within_s)
+
+
 @attrs.frozen(kw_only=True)
 class Settings:
     """The options of a manager.
@@ -47,6 +69,9 @@ class Settings:
         event_maxlen: about how many events of a flow are kept where this manager adds one, 100 or more; `None` for all.
         max_connections: how many connections may carry calls at once; a further call waits. In asyncio this is for
             large calls: small ones share a connection, up to 4,096 at a time.
+        durability: when a change has succeeded: `local`, the server has it; `replicas:N`, N of its replicas have it
+            too; `all`, all of them have, and there is one.
+        confirm_within_s: seconds for which a change waits for its replicas, before it raises NotDurable.
         allow_eviction: connect even to a server that may evict flows.
     """
 
@@ -56,6 +81,8 @@ class Settings:
     max_payload_bytes: int = attrs.field(default=DEFAULT_MAX_PAYLOAD_BYTES, validator=_whole)
     event_maxlen: int | None = attrs.field(default=None, validator=_trail)
     max_connections: int = attrs.field(default=50, validator=_whole)
+    confirm_within_s: float = attrs.field(default=1.0, validator=_positive)
+    durability: str = attrs.field(default="local", validator=_durability)
     allow_eviction: bool = False
 
     def namespace(self) -> Namespace:
@@ -65,4 +92,7 @@ class Settings:
 
     def policy(self, *, real_server: bool, cluster: bool) -> Policy:
         """How calls are delivered under these options."""
-        return Policy(self.deadline_s, plain_scripts=not real_server, cluster=cluster)
+        confirm = confirm_of(self.durability, self.confirm_within_s)
+        if confirm is not None and not real_server:
+            raise InvalidData(f"durability={self.durability!r} needs a real server: memory:// has no replicas")
+        return Policy(self.deadline_s, plain_scripts=not real_server, cluster=cluster, confirm=confirm)

@@ -6,6 +6,8 @@ import random
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, NamedTuple
 
+import attrs
+
 from redisflow.calls import Again, Lost, Packet, Refusal, Reply
 from redisflow.keys import SLOTS
 from redisflow.wire import ASKING
@@ -34,7 +36,11 @@ class Part(NamedTuple):
         if self.asking:
             slots = [slot for slot in slots for _ in range(2)]
             commands = [command for wanted in commands for command in (ASKING, wanted)]
-        return whole._replace(slots=slots, commands=commands)
+        confirm = whole.confirm
+        if confirm is not None:
+            flow_keys = [confirm.flow_keys[n] for n in self.numbers]
+            confirm = attrs.evolve(confirm, flow_keys=flow_keys, asking=self.asking)
+        return whole._replace(slots=slots, commands=commands, confirm=confirm)
 
     def place(self, replies: Sequence[Reply], into: list[Reply]) -> None:
         """Put the node's replies where they belong."""

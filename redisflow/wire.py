@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from redis import exceptions as client_errors
 
-from redisflow.calls import Again, Block, Client, Lost, Packet, Primaries, Refusal, Reply
+from redisflow.calls import Again, Block, Client, Confirm, Lost, Packet, Primaries, Refusal, Reply, Unconfirmed
 
 try:
     import hiredis
@@ -38,6 +38,11 @@ _STOP_WITHIN_S = 0.1  # how soon a thread that listens sees that it should stop
 SETTLE_S = 0.005  # messages come in bursts, and one look is enough for each
 CLIENT_ID = (b"CLIENT", b"ID")
 ASKING = (b"ASKING",)
+_TOUCH = b"""#!lua flags=allow-oom
+-- Writes what is there.
+if redis.call('EXISTS', KEYS[1]) == 1 then
+  redis.pcall('HINCRBY', KEYS[1], 'revision', 0)
+end"""
 _CODES = {
     client_errors.NoScriptError: "NOSCRIPT",
     client_errors.ReadOnlyError: "READONLY",
@@ -128,11 +133,48 @@ def are_permitted(replies: Sequence[Reply]) -> bool:
     return not refusals
 
 
-def xread(block: Block, socket_timeout_s: float, *, asking: bool) -> list[tuple[bytes, ...]]:
+def blocking(block: Block, socket_timeout_s: float, *, asking: bool) -> Packet:
     """The blocking read of a block: shorter than the socket timeout, or its silence would look like a loss."""
-    milliseconds = max(1, int(1000 * min(block.wait_s, MAX_BLOCK_S, socket_timeout_s / 2)))
-    command = (b"XREAD", b"COUNT", b"1", b"BLOCK", b"%d" % milliseconds, b"STREAMS", block.stream, block.after)
-    return [ASKING, command] if asking else [command]
+    wait_s = min(block.wait_s, MAX_BLOCK_S, socket_timeout_s / 2)
+    milliseconds = b"%d" % max(1, int(1000 * wait_s))
+    command = (b"XREAD", b"COUNT", b"1", b"BLOCK", milliseconds, b"STREAMS", block.stream, block.after)
+    commands = [ASKING, command] if asking else [command]
+    return Packet([block.slot] * len(commands), commands, time.monotonic() + socket_timeout_s)
+
+
+class Replicas:
+    """The replicas of a server, as far as was seen: what to wait for behind a change, and whether it came."""
+
+    def __init__(self, socket_timeout_s: float) -> None:
+        self._socket_timeout_s = socket_timeout_s
+        self._seen = 1  # to wait for all where there are none would promise nothing
+
+    def wanted(self, confirm: Confirm) -> int:
+        """How many to wait for."""
+        return self._seen if confirm.replicas is None else confirm.replicas
+
+    def waiting(self, confirm: Confirm, wanted: int) -> list[tuple[bytes, ...]]:
+        """The commands that wait for them."""
+        milliseconds = max(1, int(1000 * min(confirm.within_s, self._socket_timeout_s / 2)))
+        return [
+            *([ASKING] if confirm.asking else []),
+            (b"EVAL", _TOUCH, b"1", confirm.flow_keys[-1]),
+            (b"WAIT", b"%d" % wanted, b"%d" % milliseconds),
+            (b"ROLE",),
+        ]
+
+    def see(self, said: Sequence[Reply]) -> None:
+        """Learn from the replies to those commands how many there are."""
+        if not isinstance(said[-1], Refusal):
+            self._seen = max(self._seen, len(said[-1][2]))
+
+
+def judged(replies: list[Reply], wanted: int, said: Sequence[Reply]) -> list[Reply]:
+    """The replies to what came before a wait, marked where too few replicas confirmed it."""
+    reached = 0 if isinstance(said[-2], Refusal) or isinstance(said[-3], Refusal) else said[-2]
+    if reached >= wanted:
+        return replies
+    return [reply if type(reply) is Refusal else Unconfirmed(reply, wanted, reached) for reply in replies]
 
 
 class Wire:
@@ -146,6 +188,7 @@ class Wire:
         self._endpoint = endpoint
         self._max_connections = max_connections
         self._acquire_timeout_s = acquire_timeout_s
+        self._replicas = Replicas(endpoint.socket_timeout_s)
         self._reset()
 
     def _reset(self) -> None:
@@ -170,7 +213,7 @@ class Wire:
         except Empty:
             raise Lost(f"all {self._max_connections} connections stayed busy", sent=False) from None
         try:
-            return self._exchange_over(self._idle, packet.commands, packet.again)
+            return self._exchange_over(self._idle, packet)
         finally:
             self._slots.put(None)
 
@@ -186,9 +229,8 @@ class Wire:
         """
         if self._pid != os.getpid():
             self._reset()
-        return self._exchange_over(self._idle_blocking, xread(block, self._endpoint.socket_timeout_s, asking=asking))[
-            -1:
-        ]
+        packet = blocking(block, self._endpoint.socket_timeout_s, asking=asking)
+        return self._exchange_over(self._idle_blocking, packet)[-1:]
 
     def subscribe(self, channels: Sequence[bytes]) -> Any:
         """A connection of its own that hears channels; `None` if the user may not.
@@ -228,16 +270,26 @@ class Wire:
         while idle:
             idle.pop().connection.disconnect()
 
-    def _exchange_over(
-        self, idle: deque[Line], commands: Sequence[Sequence[bytes]], again: Again | None = None
-    ) -> list[Reply]:
+    def _exchange_over(self, idle: deque[Line], packet: Packet) -> list[Reply]:
         try:
             line = idle.pop()
         except IndexError:
             line = self._open()
-        kills = line.kills(again)
+        confirm = packet.confirm
+        kills = line.kills(packet.again)
+        wanted = 0 if confirm is None else self._replicas.wanted(confirm)
+        tail = [] if confirm is None else self._replicas.waiting(confirm, wanted)
+        begin, end = len(kills), len(kills) + len(packet.commands)
         try:
-            replies = _roundtrip(line.connection, [*kills, *commands])[len(kills) :]
+            everything = _roundtrip(line.connection, [*kills, *packet.commands, *tail])
+            replies, said = everything[begin:end], everything[end:]
+            if confirm is not None:
+                self._replicas.see(said)
+                while wanted < self._replicas.wanted(confirm):  # there are more than were waited for
+                    wanted = self._replicas.wanted(confirm)
+                    said = _roundtrip(line.connection, self._replicas.waiting(confirm, wanted))
+                    self._replicas.see(said)
+                replies = judged(replies, wanted, said)
         except BaseException as error:
             # A connection with an unread reply must not be used again.
             line.connection.disconnect()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Generator, Iterable, Sequence
 from typing import Any, Generic
 
-from redisflow.calls import Batch, Call, Op, T
+from redisflow.calls import Batch, Call, Op, T, Unconfirmed
 from redisflow.errors import FlowError, InvalidData
 from redisflow.flow import Flow, NewFlow
 from redisflow.ops.changes import OTHER_KEYS
@@ -23,6 +23,7 @@ class Queued(Generic[T]):
         self.call: Call | None = call
         self.flow_id = call.flow_id
         self._error: FlowError | None = None
+        self._short: Unconfirmed | None = None
         self._value: T
 
     def result(self) -> T:
@@ -46,10 +47,14 @@ class Queued(Generic[T]):
 
     def take(self, outcome: Any) -> None:
         """Go on with what the call came to."""
+        if isinstance(outcome, Unconfirmed):
+            self._short, outcome = outcome, outcome.reply
         try:
             self.call = self._op.throw(outcome) if isinstance(outcome, FlowError) else self._op.send(outcome)
         except StopIteration as stop:
             self.call, self._value = None, stop.value
+            if self._short is not None:
+                self._error = self._short.error(stop.value)
         except FlowError as error:
             self.call, self._error = None, error
 
@@ -57,7 +62,7 @@ class Queued(Generic[T]):
 def carry_out(queued: Sequence[Queued[Any]]) -> Generator[Batch, Any, None]:
     """Send what is queued, in its order, until each has come to something."""
     while waiting := [(one, one.call) for one in queued if one.call is not None]:
-        outcomes = yield Batch([call for _, call in waiting])
+        outcomes = yield Batch([call for _, call in waiting], confirm=True)
         for (one, _), outcome in zip(waiting, outcomes, strict=True):
             one.take(outcome)
 

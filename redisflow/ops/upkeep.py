@@ -33,8 +33,16 @@ PRUNE_PAGE = 500
 # --- connecting ----------------------------------------------------------------------------------------
 
 
-def connect(namespace: Namespace, *, real_server: bool, allow_eviction: bool) -> Generator[Read | Primaries, Any, None]:
+def connect(
+    namespace: Namespace, *, real_server: bool, allow_eviction: bool, confirms: bool = False
+) -> Generator[Read | Primaries, Any, None]:
     """Check the server and join the namespace, creating it where it is new.
+
+    Args:
+        namespace: which.
+        real_server: false for fakeredis, which has little to check.
+        allow_eviction: accept a server that may evict flows.
+        confirms: whether changes wait for replicas, which takes permissions of its own.
 
     Raises:
         StorageError: the server is too old, may evict flows, or cannot be reached.
@@ -64,10 +72,12 @@ def connect(namespace: Namespace, *, real_server: bool, allow_eviction: bool) ->
         raise LayoutMismatch(namespace.prefix, "partition count", namespace.partitions or 0, found_partitions)
     namespace.connected(found_partitions)
     if real_server:
-        yield from _check_permissions(namespace.keyspace.partitions[0], slot, meta)
+        yield from _check_permissions(namespace.keyspace.partitions[0], slot, meta, confirms=confirms)
 
 
-def _check_permissions(partition: Partition, meta_slot: int, meta: bytes) -> Generator[Read, Any, None]:
+def _check_permissions(
+    partition: Partition, meta_slot: int, meta: bytes, *, confirms: bool
+) -> Generator[Read, Any, None]:
     """Check that this user may do what the scripts do: refused midway, a script keeps what it wrote before.
 
     Raises:
@@ -99,6 +109,7 @@ def _check_permissions(partition: Partition, meta_slot: int, meta: bytes) -> Gen
             command(partition, b"ZCARD", index),
             command(partition, b"ZRANGE", index, 0, 0),
             command(partition, b"ZREM", index, member),
+            *([command(partition, b"WAIT", 0, 1), command(partition, b"ROLE")] if confirms else []),
             command(partition, b"EVAL", b"#!lua flags=no-writes,allow-oom\nreturn redis.call('TIME')", 1, flow),
         ],
         tolerant=True,
