@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from redis import exceptions as client_errors
 
-from redisflow.calls import Block, Lost, Packet, Primaries, Reply
+from redisflow.calls import Block, Lost, Packet, Primaries, Refusal, Reply
 from redisflow.errors import StorageError
 from redisflow.wire import (
     CLIENT_ID,
@@ -52,7 +52,11 @@ class AsyncWire:
         self._idle_blocking: deque[Line] = deque()
         self._slots = asyncio.Semaphore(max_connections)
         self._replicas = Replicas(endpoint.socket_timeout_s)
+        self._era = 0
         self._closed = False
+        self._watching: asyncio.Task[None] | None = None
+        if endpoint.sentinels is not None:
+            self._watching = self._loop.create_task(endpoint.sentinels.watch(self.renew))
 
     async def exchange(self, packet: Packet) -> list[Reply]:
         """Send a packet and read a reply for each command.
@@ -114,9 +118,20 @@ class AsyncWire:
         """Sleep."""
         await asyncio.sleep(seconds)
 
+    async def renew(self) -> None:
+        """Leave every connection, those in use once they are idle: another server has become the primary."""
+        self._era += 1
+        await self._drop(self._idle)
+        await self._drop(self._idle_blocking)
+
     async def close(self) -> None:
         """Close every connection, those in use once they are idle, and leave an embedded server."""
         self._closed = True
+        if self._watching is not None:
+            self._watching.cancel()
+            await asyncio.gather(self._watching, return_exceptions=True)
+        for client in self._endpoint.sentinels.asked if self._endpoint.sentinels else ():
+            await client.aclose()
         await self._drop(self._idle)
         await self._drop(self._idle_blocking)
         if self._endpoint.lease is not None:
@@ -158,12 +173,16 @@ class AsyncWire:
                 raise
             await self._drop(idle)  # what broke one connection has most likely broken the idle ones
             raise no_reply(error, line.client) from error
+        if line.era != self._era or any(type(reply) is Refusal and reply.code == "READONLY" for reply in replies):
+            await line.connection.disconnect(nowait=True)  # its server is a replica by now
+            return replies
         idle.append(line)
         if self._closed:
             await self._drop(idle)
         return replies
 
     async def _open(self) -> Line:
+        era = self._era
         connection = self._endpoint.open()
         try:
             await connection.connect()
@@ -173,7 +192,7 @@ class AsyncWire:
             if not isinstance(error, client_errors.RedisError | OSError):
                 raise
             raise not_sent(error) from error
-        return Line.of(connection, client_id)
+        return Line.of(connection, client_id, era)
 
 
 class AsyncEar:

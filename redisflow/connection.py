@@ -19,10 +19,14 @@ import redis
 import redis.asyncio
 from redis.asyncio.cluster import RedisCluster as AsyncRedisCluster
 from redis.asyncio.retry import Retry as AsyncRetry
+from redis.asyncio.sentinel import Sentinel as AsyncSentinel
+from redis.asyncio.sentinel import SentinelConnectionPool as AsyncSentinelConnectionPool
 from redis.backoff import NoBackoff
 from redis.retry import Retry
+from redis.sentinel import Sentinel, SentinelConnectionPool
 
 from redisflow.errors import InvalidData
+from redisflow.sentinel import Sentinels
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -33,10 +37,13 @@ if TYPE_CHECKING:
     from redisflow.topology import Address, Remap
 
 DEFAULT_URL = "redis://localhost:6379/0"
-DEFAULT_PORT = 6379
+DEFAULT_PORT, DEFAULT_SENTINEL_PORT = 6379, 26379
 DEFAULT_SOCKET_TIMEOUT_S = 5.0
-_CLUSTER = "+cluster"
-_SCHEMES = ("redis", "rediss", "unix", "redis+cluster", "rediss+cluster", "memory", "embedded")
+_CLUSTER, _SENTINEL = "+cluster", "+sentinel"
+_SCHEMES = (
+    "redis", "rediss", "unix", "redis+cluster", "rediss+cluster", "redis+sentinel", "rediss+sentinel", "memory",
+    "embedded",
+)  # fmt: skip
 
 
 @attrs.frozen
@@ -48,12 +55,14 @@ class Endpoint:
         socket_timeout_s: how long a connection waits for a reply.
         real_server: false for fakeredis, which knows neither `#!lua` nor INFO.
         lease: what keeps an embedded server running, to be closed in the end.
+        sentinels: who says that another server has become the primary; `open` asks them which it is.
     """
 
     open: Callable[[], Any]
     socket_timeout_s: float
     real_server: bool = True
     lease: Lease | None = None
+    sentinels: Sentinels | None = None
     is_cluster: ClassVar[bool] = False
 
     @classmethod
@@ -62,7 +71,13 @@ class Endpoint:
         pool = client.connection_pool
         settings = _quiet(pool.connection_kwargs, is_async=isinstance(client, redis.asyncio.Redis))
         real_server = not type(client).__module__.startswith("fakeredis")
-        return cls(lambda: pool.connection_class(**settings), settings["socket_timeout"], real_server, lease)
+        return cls(
+            lambda: pool.connection_class(**settings),
+            settings["socket_timeout"],
+            real_server,
+            lease,
+            _sentinels_of(pool),
+        )
 
 
 @attrs.frozen
@@ -107,6 +122,22 @@ class ClusterEndpoint:
             return Endpoint(lambda: kind(**own), common["socket_timeout"])
 
         return cls(tuple(seeds), endpoint_at, remap)
+
+
+def _sentinels_of(pool: Any) -> Sentinels | None:
+    """Those a client's pool asks for its primary."""
+    if not isinstance(pool, SentinelConnectionPool | AsyncSentinelConnectionPool):
+        return None
+    pools = [client.connection_pool for client in pool.sentinel_manager.sentinels]
+    return Sentinels(pool.service_name, [_sentinel_settings(each) for each in pools])
+
+
+def _sentinel_settings(pool: Any) -> dict[str, Any]:
+    """How to connect to a Sentinel for good, as to hear from it."""
+    named = {"host", "port", "username", "password", "credential_provider"}
+    kept = {key: value for key, value in pool.connection_kwargs.items() if key in named or key.startswith("ssl_")}
+    secure = issubclass(pool.connection_class, redis.SSLConnection | redis.asyncio.SSLConnection)
+    return kept | {"ssl": secure, "protocol": 2, "retry": AsyncRetry(NoBackoff(), 0), "socket_keepalive": True}
 
 
 def _quiet(settings: Mapping[str, Any], *, is_async: bool) -> dict[str, Any]:
@@ -179,24 +210,52 @@ def endpoint_of(url: str, *, is_async: bool) -> Endpoint | ClusterEndpoint:
     try:
         if parts.scheme.endswith(_CLUSTER):
             return _cluster(parts, client)
+        if parts.scheme.endswith(_SENTINEL):
+            return _sentinel(parts, is_async=is_async)
         return Endpoint.of_client(client.from_url(url))
     except (ValueError, TypeError) as error:
         raise InvalidData(f"not a usable URL: {url!r}: {error}") from error
+
+
+def _sentinel(parts: SplitResult, *, is_async: bool) -> Endpoint:
+    """Read `redis+sentinel://user:password@host:port,host:port,…/name/database`."""
+    scheme, client = parts.scheme.removesuffix(_SENTINEL), redis.asyncio.Redis if is_async else redis.Redis
+    user, at, hosts = parts.netloc.rpartition("@")
+    name, _, database = parts.path.strip("/").partition("/")
+    if not name:
+        raise ValueError("the primary's name, as Sentinel has it, comes behind the hosts: redis+sentinel://host/name")
+    url = f"{scheme}://{user}{at}host/{database}?{parts.query}"
+    settings = dict(client.from_url(url).connection_pool.connection_kwargs)
+    own = {key.removeprefix("sentinel_"): settings.pop(key) for key in list(settings) if key.startswith("sentinel_")}
+    del settings["host"]
+    timeouts = {key: value for key, value in settings.items() if key.startswith("socket_")}
+    sentinel = (AsyncSentinel if is_async else Sentinel)(
+        _places(scheme, hosts, DEFAULT_SENTINEL_PORT),
+        sentinel_kwargs=timeouts | own | {"retry": (AsyncRetry if is_async else Retry)(NoBackoff(), 0)},
+        ssl=scheme == "rediss",
+        **settings,
+    )
+    endpoint = Endpoint.of_client(sentinel.master_for(name))
+    assert endpoint.sentinels is not None  # such a client has them
+    return attrs.evolve(endpoint, sentinels=attrs.evolve(endpoint.sentinels, asked=sentinel.sentinels))
+
+
+def _places(scheme: str, hosts: str, default_port: int) -> list[Address]:
+    places = [urlsplit(f"{scheme}://{host}") for host in hosts.split(",")]
+    return [(place.hostname or "localhost", place.port or default_port) for place in places]
 
 
 def _cluster(parts: SplitResult, client: Any) -> ClusterEndpoint:
     """Read `redis+cluster://user:password@host:port,host:port,…`."""
     scheme = parts.scheme.removesuffix(_CLUSTER)
     user, at, hosts = parts.netloc.rpartition("@")
-    seeds = []
-    for host in hosts.split(","):
-        place = urlsplit(f"{scheme}://{host}")
-        seeds.append((place.hostname or "localhost", place.port or DEFAULT_PORT))
     if parts.path not in {"", "/", "/0"}:
         raise ValueError("a cluster has just the database 0")
     # The settings are redis-py's reading of the same URL with one host.
     pool = client.from_url(f"{scheme}://{user}{at}{hosts.partition(',')[0]}/?{parts.query}").connection_pool
-    return ClusterEndpoint.of_settings(seeds, pool.connection_class, pool.connection_kwargs)
+    return ClusterEndpoint.of_settings(
+        _places(scheme, hosts, DEFAULT_PORT), pool.connection_class, pool.connection_kwargs
+    )
 
 
 _fake_servers: WeakValueDictionary[str, Any] = WeakValueDictionary()

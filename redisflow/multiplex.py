@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import hiredis
 
 from redisflow.aio_wire import AsyncWire
-from redisflow.calls import Again, Lost, Packet, Reply
+from redisflow.calls import Again, Lost, Packet, Refusal, Reply
 from redisflow.wire import Line, no_reply, packed, refusal_of
 
 if TYPE_CHECKING:
@@ -224,6 +224,8 @@ class MultiplexedWire(AsyncWire):
         stream = await self._opened(until_s)
         kills = stream.line.kills(again)
         replies = await stream.send(packed(kills) + data, len(kills) + count, until_s)
+        if any(type(reply) is Refusal and reply.code == "READONLY" for reply in replies):
+            stream.lose(ConnectionError("its server is a replica by now"))
         return replies[len(kills) :]
 
     async def _opened(self, until_s: float) -> _Stream:
@@ -249,6 +251,12 @@ class MultiplexedWire(AsyncWire):
                 await line.connection.disconnect(nowait=True)
             raise Lost("the manager was closed", sent=False, lasting=True)
         return line
+
+    async def renew(self) -> None:
+        """Leave every connection: another server has become the primary. A call under way is lost, and sent again."""
+        if self._stream is not None:
+            self._stream.lose(ConnectionError("another server has become the primary"))
+        await super().renew()
 
     async def close(self) -> None:
         """Close every connection, and leave an embedded server. A call under way is lost."""

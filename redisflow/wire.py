@@ -28,6 +28,8 @@ except ImportError:  # no wheel for this machine: redis-py then reads replies in
         return b"".join([b"*%d\r\n" % len(command), *[b"$%d\r\n%b\r\n" % (len(arg), arg) for arg in command]])
 
 
+from redisflow.sentinel import Watching
+
 if TYPE_CHECKING:
     from redisflow.connection import Endpoint
 
@@ -64,14 +66,15 @@ class Line(NamedTuple):
 
     connection: Any
     client: Client | None
+    era: int  # of the wire's, when it was opened
 
     @classmethod
-    def of(cls, connection: Any, client_id: Reply) -> Line:
+    def of(cls, connection: Any, client_id: Reply, era: int) -> Line:
         """Name a connection by where it leads and what CLIENT ID was answered."""
         if not isinstance(client_id, int):
-            return cls(connection, None)
+            return cls(connection, None, era)
         host = getattr(connection, "host", None)
-        return cls(connection, (f"{host}:{connection.port}" if host else connection.path, client_id))
+        return cls(connection, (f"{host}:{connection.port}" if host else connection.path, client_id), era)
 
     def kills(self, again: Again | None) -> list[tuple[bytes, ...]]:
         """What must come before a resend over this connection: the end of those lost on the same server."""
@@ -189,6 +192,8 @@ class Wire:
         self._max_connections = max_connections
         self._acquire_timeout_s = acquire_timeout_s
         self._replicas = Replicas(endpoint.socket_timeout_s)
+        self._era = 0
+        self._watching: Watching | None = None
         self._reset()
 
     def _reset(self) -> None:
@@ -199,6 +204,8 @@ class Wire:
         for _ in range(self._max_connections):
             self._slots.put(None)
         self._closed = False
+        sentinels = self._endpoint.sentinels
+        self._watching = None if sentinels is None else Watching(sentinels, self.renew)
 
     def exchange(self, packet: Packet) -> list[Reply]:
         """Send a packet and read a reply for each command.
@@ -257,9 +264,19 @@ class Wire:
         """Sleep."""
         time.sleep(seconds)
 
+    def renew(self) -> None:
+        """Leave every connection, those in use once they are idle: another server has become the primary."""
+        self._era += 1
+        self._drop(self._idle)
+        self._drop(self._idle_blocking)
+
     def close(self) -> None:
         """Close every connection, those in use once they are idle, and leave an embedded server."""
         self._closed = True
+        if self._watching is not None:
+            self._watching.close()
+        for client in self._endpoint.sentinels.asked if self._endpoint.sentinels else ():
+            client.close()
         self._drop(self._idle)
         self._drop(self._idle_blocking)
         if self._endpoint.lease is not None:
@@ -297,12 +314,16 @@ class Wire:
                 raise
             self._drop(idle)  # what broke one connection has most likely broken the idle ones
             raise no_reply(error, line.client) from error
+        if line.era != self._era or any(type(reply) is Refusal and reply.code == "READONLY" for reply in replies):
+            line.connection.disconnect()  # its server is a replica by now
+            return replies
         idle.append(line)
         if self._closed:
             self._drop(idle)
         return replies
 
     def _open(self) -> Line:
+        era = self._era
         connection = self._endpoint.open()
         try:
             connection.connect()
@@ -310,7 +331,7 @@ class Wire:
         except (client_errors.RedisError, OSError) as error:
             connection.disconnect()
             raise not_sent(error) from error
-        return Line.of(connection, client_id)
+        return Line.of(connection, client_id, era)
 
 
 class Ear:

@@ -1,0 +1,83 @@
+"""Who hears from Sentinel that another server has become the primary.
+
+redis-py asks Sentinel for the primary when it connects. A planned failover leaves the old one acknowledging writes
+for seconds, so connections must not wait to be broken: they are left as soon as a Sentinel says so.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
+from typing import Any
+
+import attrs
+import redis.asyncio
+from redis import exceptions as client_errors
+
+_AGAIN_AFTER_S = 1.0
+_NEWS = ("+switch-master", "+promoted-slave")  # the second is heard first, from the Sentinel that leads the failover
+
+
+@attrs.frozen
+class Sentinels:
+    """The Sentinels of one primary.
+
+    Attributes:
+        name: what they call it.
+        settings: how to connect to each.
+        asked: the clients that ask them for the primary, to be closed in the end where they are our own.
+    """
+
+    name: str
+    settings: Sequence[Mapping[str, Any]]
+    asked: Sequence[Any] = ()
+
+    async def watch(self, switched: Callable[[], Awaitable[None]]) -> None:
+        """Listen to all of them, for ever: each adopts a new primary in its own time, and may be the next one asked."""
+        await asyncio.gather(*(self._watch(settings, switched) for settings in self.settings))
+
+    async def _watch(self, settings: Mapping[str, Any], switched: Callable[[], Awaitable[None]]) -> None:
+        heard_before = False
+        while True:
+            try:
+                async with redis.asyncio.Redis(**settings) as client, client.pubsub() as ear:
+                    await ear.subscribe(*_NEWS)
+                    if heard_before:  # it may have said so meanwhile
+                        await switched()
+                    heard_before = True
+                    async for message in ear.listen():
+                        if message["type"] == "message" and self.name.encode() in message["data"].split():
+                            await switched()
+            except (client_errors.RedisError, OSError):
+                await asyncio.sleep(_AGAIN_AFTER_S)
+
+
+class Watching:
+    """A thread that watches Sentinels, for the sync manager."""
+
+    def __init__(self, sentinels: Sentinels, switched: Callable[[], None]) -> None:
+        """Begin."""
+        self._loop = asyncio.new_event_loop()
+        self._sentinels = sentinels
+        self._switched = switched
+        self._thread = threading.Thread(target=self._run, name="redisflow-sentinel", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        async def switched() -> None:
+            self._switched()
+
+        with asyncio.Runner(loop_factory=lambda: self._loop) as runner, suppress(asyncio.CancelledError):
+            runner.run(self._sentinels.watch(switched))
+
+    def close(self) -> None:
+        """End."""
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._cancel)
+        self._thread.join()
+
+    def _cancel(self) -> None:
+        for task in asyncio.all_tasks(self._loop):
+            task.cancel()
