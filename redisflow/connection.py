@@ -236,8 +236,8 @@ def _sentinel(parts: SplitResult, *, is_async: bool) -> Endpoint:
         **settings,
     )
     endpoint = Endpoint.of_client(sentinel.master_for(name))
-    own = endpoint.sentinels and attrs.evolve(endpoint.sentinels, asked=sentinel.sentinels)
-    return attrs.evolve(endpoint, sentinels=own)
+    sentinels = endpoint.sentinels and attrs.evolve(endpoint.sentinels, asked=sentinel.sentinels)
+    return attrs.evolve(endpoint, sentinels=sentinels)
 
 
 def _places(scheme: str, hosts: str, default_port: int) -> list[Address]:
