@@ -232,10 +232,10 @@ def _insist(
     """Send again, after those answers, until each command is settled. Returns one outcome each."""
     pending = attempts
     backoff = _Backoff(policy, sent_s)
-    lost: set[Client] = set()
+    lost: frozenset[Client] = frozenset()
     hops = 0
     while True:
-        lost |= {answer.client for answer in answers if isinstance(answer, Lost) and answer.client is not None}
+        lost = lost | {answer.client for answer in answers if isinstance(answer, Lost) and answer.client is not None}
         notes = list(zip(pending, answers, strict=True))
         at_once = any([each.note(answer, sent_s, policy) for each, answer in notes])  # noqa: C419 - notes them all
         unsettled = [(each, answer) for each, answer in notes if not each.settled]

@@ -11,8 +11,8 @@ from uuid import UUID
 import attrs
 import pytest
 
-from redisflow import InvalidData, OutcomeUnknown, StorageError, scripts
-from redisflow.calls import Batch, Block, Call, Command, Lost, Packet, Pause, Read, Refusal
+from redisflow import InvalidData, NotDurable, OutcomeUnknown, StorageError, scripts
+from redisflow.calls import Batch, Block, Call, Command, Confirm, Lost, Packet, Pause, Read, Refusal, Unconfirmed
 from redisflow.delivery import Policy, deliver
 
 OP = "ab" * 16
@@ -60,9 +60,9 @@ class World:
         self.answers = chain(self.answers, repeat(answer))
         return self
 
-    def run(self, op: Generator[Any, Any, Any], *, deadline_s: float = 15.0, plain_scripts: bool = False) -> Any:
+    def run(self, op: Generator[Any, Any, Any], *, deadline_s: float = 15.0, **options: Any) -> Any:
         """Carry an operation out."""
-        steps = deliver(op, Policy(deadline_s, plain_scripts=plain_scripts, clock=lambda: self.now_s))
+        steps = deliver(op, Policy(deadline_s, clock=lambda: self.now_s, **options))
         try:
             step = next(steps)
             while True:
@@ -335,6 +335,127 @@ def test_a_large_batch_is_parted_and_keeps_its_order() -> None:
     outcomes = world.run(one(Batch([call(n) for n in range(1, 1201)])))
     assert outcomes == [b"{t}:k%d" % n for n in range(1, 1201)]
     assert all(len(packet.commands) <= 500 for packet in world.packets if isinstance(packet, Packet))
+
+
+def test_in_a_cluster_a_flow_is_in_a_packet_once() -> None:
+    """Sent on to another node, a call could run behind those of its flow that were queued after it."""
+    first, second, third, other = call(1), call(1), call(1), call(2)
+    world = World().then_for_ever(lambda packet: [command[3] for command in packet.commands])
+    outcomes = world.run(one(Batch([first, second, other, third])), cluster=True)
+    assert outcomes == [b"{t}:k1", b"{t}:k1", b"{t}:k2", b"{t}:k1"]
+    assert [keys_of(world, n) for n in range(3)] == [[b"{t}:k1", b"{t}:k2"], [b"{t}:k1"], [b"{t}:k1"]]
+
+
+# --- redirects
+
+
+MOVED, ASK = Refusal("MOVED", "MOVED 7 other:1"), Refusal("ASK", "ASK 7 other:1")
+
+
+@pytest.mark.parametrize("redirect", [MOVED, ASK])
+def test_a_redirect_is_followed_at_once(redirect: Refusal) -> None:
+    """Nothing was executed: no pause, no span; the wire is told where to."""
+    world = World([redirect], [b"reply"])
+    assert world.run(one(call()), cluster=True) == b"reply"
+    assert world.pauses == []
+    assert spans(world) == [None, None]
+    assert world.packets[1].again.redirects == [redirect]
+
+
+def test_a_script_unknown_where_it_was_sent_on_to_is_told_there() -> None:
+    """NOSCRIPT is answered by who was asked: the text goes the same way."""
+    world = World([ASK], refuse("NOSCRIPT"), [b"reply"])
+    assert world.run(one(call()), cluster=True) == b"reply"
+    assert [packet.again.redirects for packet in world.packets[1:]] == [[ASK], [ASK]]
+    assert world.commands(2)[0][0] == b"EVAL"
+
+
+def test_who_is_sent_in_circles_pauses() -> None:
+    """Nodes may disagree for a while."""
+    world = World(*[[MOVED]] * 20, [b"reply"])
+    assert world.run(one(call()), cluster=True) == b"reply"
+    assert 0 < len(world.pauses) < 20
+
+
+def test_a_redirect_of_a_loss_keeps_the_span() -> None:
+    """The first attempt may have run before the slot moved."""
+    world = World(SENT, [MOVED], [b"reply"])
+    world.run(one(call()), cluster=True)
+    assert None not in spans(world)[1:]
+
+
+def test_a_lone_server_that_sends_elsewhere_is_a_node_of_a_cluster() -> None:
+    """Which the error says."""
+    with pytest.raises(StorageError, match=r"redis\+cluster://"):
+        World([MOVED]).run(one(call()))
+
+
+def test_reads_and_blocks_are_redirected_too() -> None:
+    """Only those commands that were, each by its own refusal."""
+    world = World([b"v", MOVED, ASK], [b"w", b"x"])
+    assert world.run(one(read(b"a", b"b", b"c")), cluster=True) == [b"v", b"w", b"x"]
+    assert world.packets[1].again.redirects == [MOVED, ASK]
+    world = World([ASK], [None])
+    assert world.run(one(Block(1, b"stream", b"5-0", 10.0)), cluster=True) is None
+    assert world.packets[1].again.redirects == [ASK]
+
+
+def test_the_loss_of_one_node_leaves_the_others_answers() -> None:
+    """A packet to several nodes: what was lost is sent again, with its span, and nothing else."""
+    world = World([b"a", SENT, b"c"], [b"b"])
+    assert world.run(one(Batch([call(n) for n in (1, 2, 3)])), cluster=True) == [b"a", b"b", b"c"]
+    assert keys_of(world, 1) == [b"{t}:k2"]
+    assert world.commands(1)[0][5]
+
+
+def test_a_lost_connection_is_closed_before_each_resend() -> None:
+    """By its server's name for it; what is lost later is added."""
+    first = Lost("no reply", sent=True, client=("a:1", 5))
+    second = Lost("no reply", sent=True, client=("b:2", 5))
+    world = World(first, second, refuse("BUSY"), [b"reply"])
+    world.run(one(call()))
+    lost = [packet.again.lost for packet in world.packets[1:]]
+    assert lost[-1] == {("a:1", 5), ("b:2", 5)}
+    assert world.packets[0].again is None
+
+
+# --- replicas
+
+CONFIRM = Confirm(2, 1.0)
+
+
+def test_a_change_names_what_it_waits_for() -> None:
+    """On every attempt; reads wait for nothing."""
+    world = World(SENT, [b"reply"])
+    world.run(one(call()), confirm=CONFIRM)
+    assert [packet.confirm for packet in world.packets] == [Confirm(2, 1.0, [b"{t}:k0"])] * 2
+    world = World([b"v"])
+    world.run(one(read(b"k")), confirm=CONFIRM)
+    assert world.packets[0].confirm is None
+
+
+def test_a_shortfall_is_raised_when_the_operation_has_its_result() -> None:
+    """Applied: the operation goes on as if nothing were; in the end NotDurable says how many."""
+    with pytest.raises(NotDurable) as short:
+        World([Unconfirmed(b"reply", 2, 1)]).run(one(call()), confirm=CONFIRM)
+    assert (short.value.wanted, short.value.reached) == (2, 1)
+
+
+def test_a_batch_has_its_shortfalls_as_outcomes() -> None:
+    """One wait serves them all, so they share it; a refusal stays a refusal."""
+    short = Unconfirmed(b"a", 2, 1)
+    world = World([short, Refusal("OOM", "OOM"), Unconfirmed(b"c", 2, 1)])
+    a, b, c = world.run(one(Batch([call(n) for n in (1, 2, 3)], confirm=True)), confirm=CONFIRM)
+    assert (a, c) == (short, Unconfirmed(b"c", 2, 1))
+    assert isinstance(b, StorageError)
+    assert world.packets[0].confirm == Confirm(2, 1.0, [b"{t}:k1", b"{t}:k2", b"{t}:k3"])
+
+
+def test_a_batch_of_upkeep_waits_for_nobody() -> None:
+    """What it loses is done again by the next."""
+    world = World([b"a"])
+    world.run(one(Batch([call(1)])), confirm=CONFIRM)
+    assert world.packets[0].confirm is None
 
 
 # --- reads, blocks, pauses
