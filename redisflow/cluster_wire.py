@@ -10,8 +10,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from redisflow.calls import Again, Block, Lost, Packet, Primaries, Refusal, Reply
-from redisflow.topology import SLOTS_COMMAND, Address, Topology, no_cluster, uncovered
-from redisflow.wire import Wire
+from redisflow.topology import SLOTS_COMMAND, Address, Part, Topology, no_cluster, uncovered
+from redisflow.wire import Carrying, Wire, rest
 
 if TYPE_CHECKING:
     from redisflow.connection import ClusterEndpoint, Endpoint
@@ -39,12 +39,29 @@ class ClusterWire:
         """
         self._look(packet.again, packet.until_s)
         replies: list[Reply] = [uncovered(slot) for slot in packet.slots]
-        for part in self._topology.parts(packet.slots, packet.again):
+        # In one order, or two threads could each hold the last connection that the other waits for; and for the same
+        # reason one connection to each node at a time.
+        parts = sorted(self._topology.parts(packet.slots, packet.again))
+        for asking in (False, True):
+            self._carry([part for part in parts if part.asking is asking], packet, replies)
+        return replies
+
+    def _carry(self, parts: Sequence[Part], packet: Packet, replies: list[Reply]) -> None:
+        """Send to all the nodes, then read from each."""
+        under_way: list[tuple[Part, Carrying]] = []
+        for part in parts:
+            carrying = self._at(part.address).carry(part.packet(packet))
             try:
-                part.place(self._at(part.address).exchange(part.packet(packet)), replies)
+                next(carrying)
             except Lost as lost:
                 part.lose(lost, replies)
-        return replies
+            else:
+                under_way.append((part, carrying))
+        for part, carrying in under_way:
+            try:
+                part.place(rest(carrying), replies)
+            except Lost as lost:
+                part.lose(lost, replies)
 
     def block(self, block: Block) -> list[Reply]:
         """Wait for entries of a stream; one reply.

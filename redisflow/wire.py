@@ -8,7 +8,7 @@ import ssl
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import suppress
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -213,6 +213,14 @@ class Wire:
         Raises:
             Lost: no reply came.
         """
+        return whole(self.carry(packet))
+
+    def carry(self, packet: Packet) -> Carrying:
+        """Send a packet, and go on by reading a reply for each command.
+
+        Raises:
+            Lost: no reply came.
+        """
         if self._pid != os.getpid():
             self._reset()  # a forked child must not share its parent's sockets
         try:
@@ -220,7 +228,7 @@ class Wire:
         except Empty:
             raise Lost(f"all {self._max_connections} connections stayed busy", sent=False) from None
         try:
-            return self._exchange_over(self._idle, packet)
+            return (yield from self._carry_over(self._idle, packet))
         finally:
             self._slots.put(None)
 
@@ -237,7 +245,7 @@ class Wire:
         if self._pid != os.getpid():
             self._reset()
         packet = blocking(block, self._endpoint.socket_timeout_s, asking=asking)
-        return self._exchange_over(self._idle_blocking, packet)[-1:]
+        return whole(self._carry_over(self._idle_blocking, packet))[-1:]
 
     def subscribe(self, channels: Sequence[bytes]) -> Any:
         """A connection of its own that hears channels; `None` if the user may not.
@@ -287,7 +295,7 @@ class Wire:
         while idle:
             idle.pop().connection.disconnect()
 
-    def _exchange_over(self, idle: deque[Line], packet: Packet) -> list[Reply]:
+    def _carry_over(self, idle: deque[Line], packet: Packet) -> Carrying:
         try:
             line = idle.pop()
         except IndexError:
@@ -296,9 +304,12 @@ class Wire:
         kills = line.kills(packet.again)
         wanted = 0 if confirm is None else self._replicas.wanted(confirm)
         tail = [] if confirm is None else self._replicas.waiting(confirm, wanted)
+        commands = [*kills, *packet.commands, *tail]
         begin, end = len(kills), len(kills) + len(packet.commands)
         try:
-            everything = _roundtrip(line.connection, [*kills, *packet.commands, *tail])
+            line.connection.send_packed_command([packed(commands)])
+            yield
+            everything = _replies(line.connection, len(commands))
             replies, said = everything[begin:end], everything[end:]
             if confirm is not None:
                 self._replicas.see(said)
@@ -371,10 +382,34 @@ class Ear:
             connection.disconnect()
 
 
+# One step sends, the next reads and returns the replies.
+Carrying = Generator[None, None, list[Reply]]
+
+
+def whole(carrying: Carrying) -> list[Reply]:
+    """Carry to the end what was not begun."""
+    next(carrying)
+    return rest(carrying)
+
+
+def rest(carrying: Carrying) -> list[Reply]:
+    """Carry to the end what was begun."""
+    try:
+        next(carrying)
+    except StopIteration as stop:
+        replies: list[Reply] = stop.value
+        return replies
+    raise AssertionError  # there are just two steps
+
+
 def _roundtrip(connection: Any, commands: Sequence[Sequence[bytes]]) -> list[Reply]:
     connection.send_packed_command([packed(commands)])
+    return _replies(connection, len(commands))
+
+
+def _replies(connection: Any, count: int) -> list[Reply]:
     replies: list[Reply] = []
-    for _ in commands:
+    for _ in range(count):
         try:
             replies.append(connection.read_response(disable_decoding=True))
         except client_errors.RedisError as error:
