@@ -14,8 +14,10 @@ from uuid import UUID, uuid4
 import attrs
 import pytest
 
-from redisflow import Flow, FlowError, FlowManager, OutcomeUnknown, StorageError
+from redisflow import Flow, FlowError, FlowEvent, FlowManager, OutcomeUnknown, StorageError
 from redisflow.scripts import UNTRIMMED, Appending, Source, TransitionScript
+from tests.chaos.auditor import audit
+from tests.chaos.findings import Acknowledged, Damage, Finding
 from tests.chaos.history import UNKNOWN, Operation, Outcome, check
 from tests.chaos.simulated import Choose, any_call, any_update
 from tests.chaos.specification import CREATIONS, Noted, Refusal, Version
@@ -61,21 +63,22 @@ def proxy(server: Server) -> Iterator[FaultProxy]:
 
 
 class Recorder:
-    """Calls one flow, and notes what was asked and answered, and when."""
+    """Calls one flow, and notes what was asked and answered, and when, and which changes were acknowledged."""
 
     def __init__(self, flow_id: UUID) -> None:
         self.flow_id = flow_id
         self.history: list[Operation] = []
+        self.acknowledged: list[Acknowledged] = []
 
     def call(self, flows: FlowManager, process: int, verb: str, arguments: dict[str, Any], ref: Any) -> Flow | None:
         """Call a verb; return the flow, where it answered with one."""
         outcome: Outcome
-        flow, invoked_s = None, time.monotonic()
+        answer, invoked_s = None, time.monotonic()
         try:
             if verb in CREATIONS:
-                flow = getattr(flows, verb)(**IDENTITY, flow_id=self.flow_id, **arguments)
+                answer = getattr(flows, verb)(**IDENTITY, flow_id=self.flow_id, **arguments)
             else:
-                flow = getattr(flows, verb)(ref, **arguments)
+                answer = getattr(flows, verb)(ref, **arguments)
         except OutcomeUnknown:
             outcome = UNKNOWN
         except StorageError:
@@ -83,9 +86,14 @@ class Recorder:
         except FlowError as error:
             outcome = Refusal.of(error)
         else:
-            outcome = Noted(flow.revision) if verb == "append_event" else flow and Version.of(flow)
+            outcome = Noted(answer.revision) if verb == "append_event" else answer and Version.of(answer)
         self.history.append(Operation(process, verb, arguments, invoked_s, time.monotonic(), outcome))
-        return flow if isinstance(flow, Flow) else None
+        if isinstance(answer, FlowEvent):
+            self.acknowledged.append(Acknowledged(self.flow_id, answer.op_id, answer.revision, answer.kind))
+        if not isinstance(answer, Flow):
+            return None
+        self.acknowledged.append(Acknowledged(self.flow_id, answer.etag, answer.revision))
+        return answer
 
 
 def write(recorder: Recorder, flows: FlowManager, process: int, choose: Choose) -> None:
@@ -99,7 +107,15 @@ def write(recorder: Recorder, flows: FlowManager, process: int, choose: Choose) 
         held = recorder.call(flows, process, verb, arguments, ref) or held
 
 
-def histories(server: Server, proxy: FaultProxy, appending: Appending = UNTRIMMED) -> list[list[Operation]]:
+@attrs.frozen
+class Run:
+    """What the writers were answered, by flow, and what an audit found afterwards."""
+
+    histories: list[list[Operation]]
+    findings: list[Finding]
+
+
+def run(server: Server, proxy: FaultProxy, appending: Appending = UNTRIMMED) -> Run:
     """Let writers loose on one flow after the other, by such scripts; the last to look is not disturbed."""
     prefix, recorders = f"t{uuid4().hex}", []
     with ExitStack() as stack:
@@ -119,16 +135,19 @@ def histories(server: Server, proxy: FaultProxy, appending: Appending = UNTRIMME
             for job in jobs:
                 job.result(timeout=60)
             recorder.call(direct, WRITERS, "get", {}, recorder.flow_id)
-    return [recorder.history for recorder in recorders]
+    acknowledged = [change for recorder in recorders for change in recorder.acknowledged]
+    findings = audit([server.client()], prefix, acknowledged)
+    return Run([recorder.history for recorder in recorders], findings)
 
 
 def test_what_real_writers_were_answered_is_linearizable(server: Server, proxy: FaultProxy) -> None:
     """Replies lost, resends answered late, outcomes unknown: each flow changed as if by one call after the other."""
-    recorded = histories(server, proxy)
-    assert [str(check(history)) for history in recorded] == ["None"] * len(recorded)
-    operations = [operation for history in recorded for operation in history]
+    done = run(server, proxy)
+    assert [str(check(history)) for history in done.histories] == ["None"] * len(done.histories)
+    assert done.findings == []
+    operations = [operation for history in done.histories for operation in history]
     assert proxy.faults["cut_reply"] > 50
-    assert proxy.faults["cut_request"] > 10
+    assert proxy.faults["cut_request"] > 5
     assert any(not operation.is_answered for operation in operations)
     refused = {operation.outcome.name for operation in operations if isinstance(operation.outcome, Refusal)}
     assert {"RevisionMismatch", "IllegalTransition"} <= refused
@@ -147,15 +166,18 @@ def without(guard: str) -> Appending:
 
 
 BUGS = {
-    "resends are applied again": r"if etag == op or look ~= '' then",
-    "any revision will do": r"if expected ~= '' and expected ~= revision and .* then",
+    "resends are applied again": (r"if etag == op or look ~= '' then", {Damage.OP_TWICE}),
+    # Each change is there once and followed the rules; only its caller wanted it on another version.
+    "any revision will do": (r"if expected ~= '' and expected ~= revision and .* then", set[Damage]()),
 }
 
 
 @pytest.mark.parametrize("bug", BUGS)
 def test_a_bug_in_the_script_is_caught(server: Server, proxy: FaultProxy, bug: str) -> None:
     """The same writers and the same faults, a guard of the script left out."""
-    recorded = histories(server, proxy, without(BUGS[bug]))
-    violations = [violation for history in recorded if (violation := check(history)) is not None]
-    assert len(violations) >= len(recorded) // 2
+    guard, damages = BUGS[bug]
+    done = run(server, proxy, without(guard))
+    violations = [violation for history in done.histories if (violation := check(history)) is not None]
+    assert len(violations) >= len(done.histories) // 2
     assert all(str(violation.unexplained) in str(violation) for violation in violations)
+    assert {finding.damage for finding in done.findings} == damages
