@@ -166,18 +166,19 @@ def without(guard: str) -> Appending:
 
 
 BUGS = {
-    "resends are applied again": (r"if etag == op or look ~= '' then", {Damage.OP_TWICE}),
+    "resends are applied again": (r"if etag == op or look ~= '' then", Damage.OP_TWICE),
     # Each change is there once and followed the rules; only its caller wanted it on another version.
-    "any revision will do": (r"if expected ~= '' and expected ~= revision and .* then", set[Damage]()),
+    "any revision will do": (r"if expected ~= '' and expected ~= revision and .* then", None),
 }
 
 
 @pytest.mark.parametrize("bug", BUGS)
 def test_a_bug_in_the_script_is_caught(server: Server, proxy: FaultProxy, bug: str) -> None:
     """The same writers and the same faults, a guard of the script left out."""
-    guard, damages = BUGS[bug]
+    guard, damage = BUGS[bug]
     done = run(server, proxy, without(guard))
     violations = [violation for history in done.histories if (violation := check(history)) is not None]
     assert len(violations) >= len(done.histories) // 2
     assert all(str(violation.unexplained) in str(violation) for violation in violations)
-    assert {finding.damage for finding in done.findings} == damages
+    found = {finding.damage for finding in done.findings}
+    assert (damage in found) if damage else not found
