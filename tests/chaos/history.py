@@ -114,7 +114,7 @@ class Undecided(Exception):
 
 
 _SHOWN = 4
-_MOST_STEPS = 500_000
+_MOST_STEPS = 100_000
 _MOST_STEPS_TO_SHORTEN = 10_000
 
 
