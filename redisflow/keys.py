@@ -9,15 +9,13 @@ from __future__ import annotations
 import re
 from binascii import crc_hqx
 from itertools import count
-from typing import TYPE_CHECKING
+from typing import NamedTuple
+from uuid import UUID
 
 import attrs
 
 from redisflow.errors import InvalidData
 from redisflow.flow import FlowStatus
-
-if TYPE_CHECKING:
-    from uuid import UUID
 
 LAYOUT_VERSION = 1
 DEFAULT_PARTITIONS = 16
@@ -116,12 +114,35 @@ class Partition:
         return self._statuses[status]
 
 
+class Key(NamedTuple):
+    """A key of a partition, taken apart.
+
+    Attributes:
+        text: all of it.
+        kind: flow, events, steps, owner, status, due, waiters or scratch.
+        name: what it is for: a flow's id, an owner, a status; empty where the partition has one key of the kind.
+    """
+
+    partition: Partition
+    text: bytes
+    kind: str
+    name: bytes
+
+
+_STATUSES = {status.encode() for status in FlowStatus}
+
+
 @attrs.frozen(eq=False)
 class Keyspace:
     """The partitions of one namespace."""
 
     prefix: str
     partitions: tuple[Partition, ...]
+    _by_tag: dict[bytes, Partition] = attrs.field(
+        init=False,
+        repr=False,
+        default=attrs.Factory(lambda self: {b"{%b" % p.tag.encode(): p for p in self.partitions}, takes_self=True),
+    )
 
     @classmethod
     def of(cls, prefix: str, partitions: int) -> Keyspace:
@@ -131,3 +152,36 @@ class Keyspace:
     def partition_of(self, flow_id: UUID) -> Partition:
         """The partition a flow lives in."""
         return self.partitions[flow_id.int % len(self.partitions)]
+
+    @property
+    def pattern(self) -> bytes:
+        """What every key of a partition matches, and none of another namespace: no prefix holds a colon."""
+        return b"{%b:*" % self.prefix.encode()
+
+    def parse(self, text: bytes) -> Key | None:
+        """Take a key apart; `None` for one that the layout has no name for."""
+        tag, _, rest = text.partition(b"}:")
+        kind, _, name = rest.partition(b":")
+        partition = self._by_tag.get(tag)
+        if partition is None:
+            return None
+        match kind:
+            case b"flow" | b"events" | b"steps":
+                known = self.holds(partition, name)
+            case b"owner":
+                known = name != b""
+            case b"status":
+                known = name in _STATUSES
+            case b"due" | b"waiters" | b"scratch":
+                known = rest == kind
+            case _:
+                known = False
+        return Key(partition, text, kind.decode(), name) if known else None
+
+    def holds(self, partition: Partition, member: bytes) -> bool:
+        """Whether something is the id of a flow of the partition, written as the library writes ids."""
+        try:
+            flow_id = UUID(member.decode())
+        except ValueError:
+            return False
+        return str(flow_id).encode() == member and self.partition_of(flow_id) is partition

@@ -186,6 +186,43 @@ def test_every_key_of_a_partition_is_in_its_slot(owner: str) -> None:
         assert len(set(keys)) == len(keys)
 
 
+@pytest.mark.parametrize("owner", OWNERS, ids=ascii)
+def test_a_key_can_be_taken_apart(owner: str) -> None:
+    """Into its partition, kind and name, whatever an owner is called."""
+    keyspace = Keyspace.of("redisflow", DEFAULT_PARTITIONS)
+    member, home = str(FLOW_ID).encode(), keyspace.partition_of(FLOW_ID)
+    taken = [keyspace.parse(key) for key in keys_of(home, owner)]
+    assert taken == [
+        (home, home.flow(member), "flow", member),
+        (home, home.events(member), "events", member),
+        (home, home.steps(member), "steps", member),
+        (home, home.owner(owner.encode()), "owner", owner.encode()),
+        *((home, home.status(status), "status", status.encode()) for status in FlowStatus),
+        (home, home.due, "due", b""),
+        (home, home.waiters, "waiters", b""),
+        (home, home.scratch, "scratch", b""),
+    ]
+    for other in set(keyspace.partitions) - {home}:
+        assert [keyspace.parse(key) is None for key in keys_of(other, owner)] == [True] * 3 + [False] * 10
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        b"",
+        b"{",
+        b"redisflow:meta",
+        b"{redisflow:3.11}",
+        b"{redisflow:3.11}:",
+        b"{redisflow:3.11}:flow",
+        b"{x:3.11}:due",
+    ],
+)
+def test_what_is_no_key_of_the_layout_is_told(key: bytes) -> None:
+    """As are those of tests/test_doctor.py."""
+    assert Keyspace.of("redisflow", DEFAULT_PARTITIONS).parse(key) is None
+
+
 @pytest.mark.parametrize("prefix", ["a", "A.b-c_9", ".", "x" * 64])
 @pytest.mark.parametrize("partitions", [1, 2, 3, 7, DEFAULT_PARTITIONS, MAX_PARTITIONS])
 def test_each_partition_has_a_slot_in_its_share(prefix: str, partitions: int) -> None:
