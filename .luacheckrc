@@ -22,6 +22,7 @@ end
 -- The preludes of redisflow/scripts.py.
 files["lua/append_event.lua"] = { read_globals = { "EVENT_MAXLEN" } }
 files["lua/observe_step.lua"] = { read_globals = { "EVENT_MAXLEN" } }
+files["lua/reconcile.lua"] = { read_globals = { "MEND" } }
 files["lua/transition.lua"] = {
     read_globals = {
         "EVENT_MAXLEN", "COPY_STATUS", "TARGET", "WHEN_PENDING", "WHEN_TERMINAL", "STATUSES", "TERMINAL", "SOURCES", "WITH_EVENT", "FIELDS_FROM",

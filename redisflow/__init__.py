@@ -2,6 +2,7 @@
 
 from redisflow.aio import AsyncFlowManager
 from redisflow.batch import FlowBatch
+from redisflow.diagnosis import Diagnosis, Finding, KeyUsage, Severity
 from redisflow.engine import AsyncWaitEngine, TickReport, WaitEngine
 from redisflow.errors import (
     AlreadyTerminal,
@@ -36,7 +37,9 @@ __all__ = [
     "AsyncFlowManager",
     "AsyncWaitEngine",
     "CancelPending",
+    "Diagnosis",
     "ExternalEvent",
+    "Finding",
     "Flow",
     "FlowBatch",
     "FlowError",
@@ -49,6 +52,7 @@ __all__ = [
     "FlowStepStatus",
     "IllegalTransition",
     "InvalidData",
+    "KeyUsage",
     "LayoutMismatch",
     "Manual",
     "NewFlow",
@@ -56,6 +60,7 @@ __all__ = [
     "OutcomeUnknown",
     "Queued",
     "RevisionMismatch",
+    "Severity",
     "StepObservation",
     "StepRuntime",
     "StorageError",

@@ -20,8 +20,9 @@ from redisflow.aio_wire import AsyncWire
 from redisflow.calls import Block, Call, Lost, Op, Packet, Pages, Primaries, T
 from redisflow.connection import ClusterEndpoint, Endpoint, endpoint_of, taken_from, url_of
 from redisflow.delivery import TROUBLES, Step, deliver, first_attempt, go_on
+from redisflow.diagnosis import Diagnosis
 from redisflow.flow import Flow, FlowEvent, FlowRef, FlowStatus, FlowStep, NewFlow, StepObservation, StepRuntime
-from redisflow.ops import batches, changes, creation, follow, reads, records, rewriting, upkeep
+from redisflow.ops import batches, changes, creation, doctor, follow, reads, records, rewriting, upkeep
 from redisflow.settings import Settings
 from redisflow.waits import AnyWait
 
@@ -467,3 +468,7 @@ class AsyncFlowManager:
     async def prune_terminal_flows(self, older_than: timedelta) -> int:
         """Delete ended flows that have not changed for `older_than`, never a live one. Returns how many."""
         return await self.perform(upkeep.prune_terminal_flows(self.namespace, older_than))
+
+    async def doctor(self, *, repair: bool = False, quiet_after: timedelta = timedelta(days=1)) -> Diagnosis:
+        """Examine the server, the namespace and everything in it, a page at a time; the store may be in use."""
+        return await self.perform(doctor.doctor(self.namespace, repair=repair, quiet_after=quiet_after))

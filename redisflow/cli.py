@@ -22,6 +22,7 @@ import attrs
 import click
 
 from redisflow import render
+from redisflow.diagnosis import Severity
 from redisflow.engine import WaitEngine
 from redisflow.errors import (
     AlreadyTerminal,
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
     from redisflow.flow import Flow, FlowEvent
     from redisflow.ops.waits import Tick
 
-_REFUSED, _BAD_INPUT, _NOT_FOUND, _STORAGE, _VERIFICATION = 1, 2, 3, 4, 5
+_REFUSED, _BAD_INPUT, _NOT_FOUND, _STORAGE, _OFF, _WARNINGS = 1, 2, 3, 4, 5, 6
 _INTERRUPTED, _OUTPUT_CLOSED = 128 + signal.SIGINT, 128 + signal.SIGPIPE
 _EXIT_CODES: dict[type[FlowError], int] = {
     AlreadyTerminal: _REFUSED,
@@ -63,7 +64,8 @@ Exit codes:
     2  wrong usage, or data that makes no sense
     3  there is no such flow
     4  storage: the server cannot be reached or refuses, or the output cannot be written
-    5  the demo's verification found something off
+    5  something is off: an error the doctor found, or the demo's verification
+    6  the doctor found warnings and no error
   130  interrupted
   141  nobody reads the output any more
 
@@ -375,6 +377,36 @@ def prune_flows(server: Server, older_than: timedelta, *, dry_run: bool, as_json
         click.echo(f"{'would delete' if dry_run else 'deleted'} {pruned} flow{'' if pruned == 1 else 's'}")
 
 
+@redisflow.command("doctor")
+@click.option("--repair", is_flag=True, help="Mend what loses nothing by it: index entries, records of no flow.")
+@click.option(
+    "--quiet-after",
+    default="1d",
+    show_default=True,
+    callback=_duration,
+    metavar="SPAN",
+    help="Mention running flows that have not changed for SPAN.",
+)
+@_json_option
+@click.pass_obj
+def examine(server: Server, quiet_after: timedelta, *, repair: bool, as_json: bool) -> int:
+    """Examine the server and every flow, index and key.
+
+    The flows may be in use meanwhile. Ends with 0 if all is well, 6 for warnings, 5 for errors; what --repair has
+    mended does not count.
+    """
+    with server.connect() as flows:
+        diagnosis = flows.doctor(repair=repair, quiet_after=quiet_after)
+    if as_json:
+        click.echo(render.to_json(render.diagnosis_document(diagnosis)))
+    else:
+        for table in (render.counts_table(diagnosis.flows), render.memory_table(diagnosis.memory)):
+            render.show(table)
+        render.show(render.findings_table(diagnosis))
+        click.echo(render.verdict(diagnosis))
+    return {Severity.ERROR: _OFF, Severity.WARNING: _WARNINGS}.get(diagnosis.severity, 0)
+
+
 @redisflow.command("engine")
 @click.option(
     "--interval",
@@ -482,7 +514,7 @@ def run_demo(server: Server, path: Path | None, files: int, *, keep: bool, as_js
         where = performance.kept_at
         click.echo(f"flows kept: redisflow --url {where.url} --prefix {where.prefix} list", err=True)
     for problem in report.problems[:_PROBLEMS_SHOWN]:
-        _complain(problem, _VERIFICATION)
+        _complain(problem, _OFF)
     if len(report.problems) > _PROBLEMS_SHOWN:
-        _complain(f"... and {len(report.problems) - _PROBLEMS_SHOWN} more", _VERIFICATION)
-    return _VERIFICATION if report.problems else 0
+        _complain(f"... and {len(report.problems) - _PROBLEMS_SHOWN} more", _OFF)
+    return _OFF if report.problems else 0

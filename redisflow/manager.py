@@ -20,8 +20,9 @@ from redisflow.calls import Block, Lost, Op, Packet, Pages, Primaries, T
 from redisflow.cluster_wire import ClusterWire, wire_to
 from redisflow.connection import ClusterEndpoint, Endpoint, endpoint_of, taken_from, url_of
 from redisflow.delivery import deliver
+from redisflow.diagnosis import Diagnosis
 from redisflow.flow import Flow, FlowEvent, FlowRef, FlowStatus, FlowStep, NewFlow, StepObservation, StepRuntime
-from redisflow.ops import batches, changes, creation, follow, reads, records, rewriting, upkeep
+from redisflow.ops import batches, changes, creation, doctor, follow, reads, records, rewriting, upkeep
 from redisflow.settings import Settings
 from redisflow.waits import AnyWait
 from redisflow.wire import Wire
@@ -575,3 +576,12 @@ class FlowManager:
     def prune_terminal_flows(self, older_than: timedelta) -> int:
         """Delete ended flows that have not changed for `older_than`, never a live one. Returns how many."""
         return self.perform(upkeep.prune_terminal_flows(self.namespace, older_than))
+
+    def doctor(self, *, repair: bool = False, quiet_after: timedelta = timedelta(days=1)) -> Diagnosis:
+        """Examine the server, the namespace and everything in it, a page at a time; the store may be in use.
+
+        Args:
+            repair: mend what loses nothing by it: index entries, and records of flows that do not exist.
+            quiet_after: how long a running flow may stay unchanged before it is mentioned.
+        """
+        return self.perform(doctor.doctor(self.namespace, repair=repair, quiet_after=quiet_after))

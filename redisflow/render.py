@@ -8,6 +8,7 @@ import sys
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
+import attrs
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -16,8 +17,9 @@ from rich.text import Text
 from redisflow.waits import to_rfc3339
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
+    from redisflow.diagnosis import Diagnosis, Finding, KeyUsage
     from redisflow.flow import Flow, FlowEvent, FlowStatus, FlowStep
 
 # Wide enough for any row: where no terminal shows it, nothing is wrapped or cut.
@@ -31,8 +33,10 @@ _STATUS_STYLES = {
     "failed": "red",
     "cancelled": "magenta",
 }
-_FIGURES = {"age", "flows"}
-_FIRM = {"id", "status", "longest unchanged", *_FIGURES}
+_SEVERITY_STYLES = {"ok": "green", "info": "cyan", "warning": "yellow", "error": "red", "mended": "green"}
+_FIGURES = {"age", "flows", "keys", "bytes"}
+_FIRM = {"id", "status", "longest unchanged", "severity", "kind", *_FIGURES}
+_FINDINGS_SHOWN = 20  # of a kind; what was mended is shown whole
 _UNITS = ((86_400, "d"), (3_600, "h"), (60, "m"))
 
 
@@ -115,6 +119,19 @@ def step_document(step: FlowStep) -> dict[str, Any]:
         "result": step.result,
         "created_at": step.created_at,
         "updated_at": step.updated_at,
+    }
+
+
+def diagnosis_document(diagnosis: Diagnosis) -> dict[str, Any]:
+    """What a health check came to."""
+    return {
+        "prefix": diagnosis.prefix,
+        "severity": diagnosis.severity,
+        "findings": [attrs.asdict(finding) for finding in diagnosis.findings],
+        "left": diagnosis.left,
+        "mended": diagnosis.mended,
+        "flows": diagnosis.flows,
+        "memory": [attrs.asdict(usage) for usage in diagnosis.memory],
     }
 
 
@@ -236,3 +253,70 @@ def stats_table(counts: Mapping[FlowStatus, int], oldest: Mapping[FlowStatus, Fl
     table.add_section()
     table.add_row("total", f"{sum(counts.values()):,}", "", "")
     return table
+
+
+def counts_table(counts: Mapping[FlowStatus, int]) -> Table:
+    """One line per status, without the flows."""
+    table = _table("status", "flows")
+    for status, count in counts.items():
+        table.add_row(_status(status), f"{count:,}")
+    table.add_section()
+    table.add_row("total", f"{sum(counts.values()):,}")
+    return table
+
+
+def memory_table(memory: Sequence[KeyUsage]) -> Table:
+    """One line per kind of key."""
+    table = _table("kind", "keys", "bytes")
+    for usage in memory:
+        table.add_row(usage.kind, f"{usage.keys:,}", _size(usage.bytes, estimated=usage.estimated))
+    known = [usage.bytes for usage in memory if usage.bytes is not None]
+    total = sum(known) if len(known) == len(memory) else None
+    estimated = any(usage.estimated for usage in memory)
+    table.add_section()
+    table.add_row("total", f"{sum(usage.keys for usage in memory):,}", _size(total, estimated=estimated))
+    return table
+
+
+def _size(size: int | None, *, estimated: bool) -> str:
+    return "–" if size is None else f"{'about ' if estimated else ''}{size:,}"
+
+
+def findings_table(diagnosis: Diagnosis) -> Table:
+    """One line per finding, the worst last: where a terminal ends up. What to do is said once for all of a kind."""
+    table = _table("severity", "kind", "finding")
+    groups: dict[tuple[str, str, str], list[Finding]] = {}
+    for finding in sorted(diagnosis.findings, key=lambda finding: finding.severity.rank):
+        label = "mended" if finding.mended else finding.severity
+        groups.setdefault((label, finding.kind, finding.advice), []).append(finding)
+    for (label, kind, advice), findings in groups.items():
+        shown = findings if label == "mended" else findings[:_FINDINGS_SHOWN]
+        more = (diagnosis.mended if label == "mended" else diagnosis.left).get(kind, 0) - len(shown)
+        for finding in shown:
+            table.add_row(Text(label, style=_SEVERITY_STYLES[label]), kind, _finding(finding))
+        for text in _footer(more, advice):
+            table.add_row("", "", text)
+    return table
+
+
+def _finding(finding: Finding) -> Text:
+    subject = finding.key if finding.flow_id is None else str(finding.flow_id)
+    return Text(inert(finding.what if subject is None else f"{subject}  {finding.what}"), overflow="fold")
+
+
+def _footer(more: int, advice: str) -> Iterator[Text]:
+    if more > 0:
+        yield Text(f"… and {more:,} more", style="dim")
+    if advice:
+        yield Text(f"→ {advice}", style="dim")
+
+
+def verdict(diagnosis: Diagnosis) -> str:
+    """What was found and what was mended, kind by kind, in a line."""
+    mended = _tally("mended", diagnosis.mended)
+    found = _tally("left" if mended else "found", diagnosis.left)
+    return "; ".join(filter(None, (mended, found))) or "nothing found"
+
+
+def _tally(what: str, counts: Mapping[str, int]) -> str:
+    return f"{what} {', '.join(f'{kind} {count:,}' for kind, count in counts.items())}" if counts else ""

@@ -16,7 +16,9 @@ from redisflow import (
     AsyncFlowManager,
     AsyncWaitEngine,
     CancelPending,
+    Diagnosis,
     ExternalEvent,
+    Finding,
     Flow,
     FlowBatch,
     FlowError,
@@ -29,11 +31,13 @@ from redisflow import (
     FlowStepStatus,
     IllegalTransition,
     InvalidData,
+    KeyUsage,
     LayoutMismatch,
     Manual,
     NotDurable,
     OutcomeUnknown,
     RevisionMismatch,
+    Severity,
     StepObservation,
     StepRuntime,
     StorageError,
@@ -49,6 +53,7 @@ BATCHED = """
 """
 NAMES = """
     FlowBatch Queued NewFlow
+    Diagnosis Finding KeyUsage Severity
     FlowManager AsyncFlowManager WaitEngine AsyncWaitEngine TickReport
     Flow FlowStatus FlowEvent FlowStep FlowStepStatus StepRuntime StepObservation
     Timer ExternalEvent Manual
@@ -95,6 +100,7 @@ MANAGER = {
     "wait_for": "flow_id, *statuses, timeout=None",
     "delete": f"flow_id, {VERB}",
     "prune_terminal_flows": "older_than",
+    "doctor": "*, repair=False, quiet_after=datetime.timedelta(days=1)",
     "from_url": "url=None, *, prefix='redisflow', **options",
     "connect": "",
 }
@@ -197,6 +203,9 @@ VALUES = {
     FlowStep: "id flow_id runtime child_session_key run_id task status result created_at updated_at",
     StepObservation: "flow_id run_id task status child_session_key result",
     TickReport: "scanned resumed cancelled still_waiting errors",
+    Diagnosis: "prefix findings left mended flows memory",
+    Finding: "severity kind what flow_id key advice mended",
+    KeyUsage: "kind keys bytes estimated",
     Timer: "deadline at",
     ExternalEvent: "deadline topic correlation_id",
     Manual: "deadline",
@@ -227,6 +236,7 @@ def test_the_enums_are_text() -> None:
     assert f"{FlowStatus.RUNNING}" == "running"
     assert [s.value for s in FlowStepStatus] == ["pending", "running", "succeeded", "failed", "cancelled"]
     assert [s.value for s in StepRuntime] == ["managed", "mirrored"]
+    assert [s.value for s in sorted(Severity, key=lambda s: s.rank)] == ["ok", "info", "warning", "error"]
 
 
 ID = UUID(int=7)

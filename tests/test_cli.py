@@ -157,7 +157,7 @@ def test_a_table_on_a_terminal_fits_and_keeps_the_id_whole(shell: Shell, columns
     assert columns == 40 or max(map(len, lines)) <= columns
 
 
-def _on_a_terminal(shell: Shell, columns: int, *args: str) -> str:
+def _on_a_terminal(shell: Shell, columns: int, *args: str, code: int = 0) -> str:
     ours, theirs = pty.openpty()
     environment = _environment(COLUMNS=str(columns), TERM="xterm")
     process = shell.start(*args, stdin=theirs, stdout=theirs, stderr=theirs, env=environment)
@@ -167,7 +167,7 @@ def _on_a_terminal(shell: Shell, columns: int, *args: str) -> str:
         while chunk := os.read(ours, 65_536):
             chunks.append(chunk)
     os.close(ours)
-    assert process.wait(MINUTE_S) == 0
+    assert process.wait(MINUTE_S) == code
     return re.sub(r"\x1b\[[\d;]*m", "", b"".join(chunks).decode())
 
 
@@ -296,6 +296,100 @@ def test_the_engine_drives_waits_until_it_is_told_to_stop(shell: Shell, number: 
     assert (process.returncode, out) == (0, "resumed 1, cancelled 1, errors 0\n")
 
 
+# --- the doctor ----------------------------------------------------------------------------------------
+
+
+def keys_of(shell: Shell, flow: Any) -> Any:
+    """The partition of a flow."""
+    return shell.flows.namespace.keyspace.partition_of(flow.id)
+
+
+def test_the_doctor_finds_a_sound_store_sound(shell: Shell) -> None:
+    """Exit code 0, and a document or tables that say what was looked at."""
+    shell.flows.start_running(shell.make())
+    shell.make()
+    ran = shell.run("doctor", "--json")
+    document = ran.document
+    assert ran.code == 0
+    assert (document["prefix"], document["severity"], document["left"], document["mended"]) == (
+        shell.prefix,
+        "ok",
+        {},
+        {},
+    )
+    assert document["flows"] == {
+        "created": 1, "running": 1, "waiting": 0, "finished": 0, "failed": 0, "cancelled": 0,
+    }  # fmt: skip
+    assert {usage["kind"]: usage["keys"] for usage in document["memory"]}["flow"] == 2
+    assert all(usage["bytes"] > 0 for usage in document["memory"] if usage["keys"])
+    assert {finding["kind"] for finding in document["findings"]} == {
+        "server", "eviction", "persistence", "replication", "layout",
+    }  # fmt: skip
+    told = shell.run("doctor")
+    assert told.code == 0
+    assert told.out.splitlines()[-1] == "nothing found"
+    assert re.search(r"^ok +layout +version 1, 16 partitions$", told.out, re.MULTILINE)
+
+
+def test_the_doctors_exit_codes_tell_warnings_from_errors_and_what_was_mended_does_not_count(
+    shell: Shell, server: Server
+) -> None:
+    """6 for warnings, 5 for errors, 0 for what is well or well again."""
+    flow = shell.make()
+    partition, member = keys_of(shell, flow), str(flow.id)
+    client = server.client()
+    client.xadd(partition.scratch, {"left": "over"})
+    assert shell.run("doctor").code == 6
+    client.zrem(partition.status(FlowStatus.CREATED), member)
+    found = shell.run("doctor")
+    assert found.code == 5
+    assert re.search(rf"^error +missing-entry +{flow.id}  not in status:created$", found.out, re.MULTILINE)
+    assert "→ `redisflow doctor --repair` adds it" in found.out
+    assert found.out.splitlines()[-1] == "found missing-entry 1, orphan-key 1"
+    document = shell.run("doctor", "--json").document
+    (missing,) = [finding for finding in document["findings"] if finding["kind"] == "missing-entry"]
+    assert missing == {
+        "severity": "error",
+        "kind": "missing-entry",
+        "what": "not in status:created",
+        "flow_id": member,
+        "key": partition.status(FlowStatus.CREATED).decode(),
+        "advice": "`redisflow doctor --repair` adds it",
+        "mended": False,
+    }
+    mended = shell.run("doctor", "--repair")
+    assert mended.code == 0
+    assert re.search(rf"^mended +missing-entry +{flow.id}  not in status:created: added$", mended.out, re.MULTILINE)
+    assert mended.out.splitlines()[-1] == "mended missing-entry 1, orphan-key 1"
+    assert shell.run("doctor").out.splitlines()[-1] == "nothing found"
+
+
+def test_the_doctor_shows_the_first_of_many(shell: Shell, server: Server) -> None:
+    """And says how many more there are; what it mends it tells one by one."""
+    due = keys_of(shell, shell.make()).due
+    server.client().zadd(due, {f"junk-{n}": n for n in range(50)})
+    told = shell.run("doctor")
+    assert told.out.count("junk-") == 20
+    assert "… and 30 more" in told.out
+    assert shell.run("doctor", "--repair").out.count(": removed") == 50
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+def test_what_the_doctor_says_fits_a_terminal(shell: Shell, server: Server, columns: int) -> None:
+    """However long and hostile a key is; nothing of it is cut."""
+    shell.make()
+    flow = shell.flows.start_running(shell.make(owner="agent:" + "o" * 200))
+    server.client().zincrby(keys_of(shell, flow).owner(b"agent:" + b"o" * 200), 1, str(flow.id))
+    server.client().set(f"{{{shell.prefix}:0.0}}:\x1b[31m" + "k" * 200, 1)
+    lines = _on_a_terminal(shell, columns, "doctor", "--quiet-after", "0s", code=5).splitlines()
+    assert max(map(len, lines)) <= columns
+    squeezed = "".join("".join(lines).split())
+    assert "o" * 200 in squeezed
+    assert "k" * 200 in squeezed
+    assert "\\x1b[31m" in squeezed
+    assert "quiet" in squeezed
+
+
 # --- what a user can get wrong -------------------------------------------------------------------------
 
 
@@ -320,6 +414,7 @@ def test_the_engine_drives_waits_until_it_is_told_to_stop(shell: Shell, number: 
         (["prune", "--older-than", "999999999d"], 2, "reaches back too far"),
         (["prune", "--older-than", "9" * 5000 + "d"], 2, "reaches back too far"),
         (["prune"], 2, "--older-than"),
+        (["doctor", "--quiet-after", "soon"], 2, "'soon' is not a duration"),
         (["list", "--status", "sleeping"], 2, "'sleeping' is not one of"),
         (["list", "--limit", "0"], 2, "--limit"),
         (["list", "--owner", ""], 2, "owner_session_key is empty"),
@@ -456,7 +551,7 @@ def test_help_documents_every_command_and_exit_code(shell: Shell) -> None:
         assert command.get_short_help_str()
         options = [option for option in command.params if isinstance(option, click.Option)]
         assert all(option.help for option in options), name
-    for code in (0, 1, 2, 3, 4, 5, 130, 141):
+    for code in (0, 1, 2, 3, 4, 5, 6, 130, 141):
         assert f"  {code}  " in text
 
 

@@ -346,6 +346,7 @@ BAD: list[Callable[[Any], Any]] = [
     lambda ops: ops.list_by_owner("o", limit=1.5),
     lambda ops: ops.prune_terminal_flows(timedelta(-1)),
     lambda ops: ops.prune_terminal_flows(7),
+    lambda ops: ops.doctor(quiet_after=timedelta(-1)),
     lambda ops: ops.find_step_by_run_id(FLOW_ID, ""),
 ]
 

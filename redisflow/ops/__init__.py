@@ -10,4 +10,5 @@
 `follow`     watching and waiting for changes
 `waits`      what a wait engine does
 `upkeep`     connecting, deleting, pruning
+`doctor`     the health check; `kept`, `server_checks` and `findings` are its parts
 """

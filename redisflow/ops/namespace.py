@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterable, Sequence
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any, NamedTuple, NoReturn
 from uuid import UUID
 
@@ -26,7 +26,7 @@ from redisflow.errors import (
 from redisflow.flow import Flow, FlowRef, FlowStatus
 from redisflow.keys import Keyspace, Partition, require_partitions, require_prefix
 from redisflow.scripts import UNTRIMMED, Appending
-from redisflow.waits import require_aware, to_us
+from redisflow.waits import MICROSECOND, require_aware, to_us
 
 log = logging.getLogger("redisflow")
 
@@ -173,6 +173,15 @@ def seconds_of(name: str, seconds: object) -> float | None:
     if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not seconds >= 0:
         raise InvalidData(f"{name} must be a number of seconds, 0 or more, or None, not {seconds!r}")
     return float(seconds)
+
+
+def span_us(name: str, span: object) -> int:
+    """Read a span of time, in microseconds."""
+    if not isinstance(span, timedelta):
+        raise InvalidData(f"{name} must be a timedelta, not {type(span).__name__}")
+    if span < timedelta(0):
+        raise InvalidData(f"{name} must not be negative: {span}")
+    return span // MICROSECOND
 
 
 def score_before(name: str, moment: datetime | None) -> bytes:

@@ -20,11 +20,12 @@ from redisflow.ops.namespace import (
     op_id_of,
     partition_of,
     raise_refusal,
+    span_us,
     target_of,
 )
 from redisflow.ops.reads import Listing
 from redisflow.scripts import barred
-from redisflow.waits import MICROSECOND, from_us
+from redisflow.waits import from_us
 
 MIN_REDIS, MIN_VALKEY = (7, 0), (7, 2)
 PRUNE_PAGE = 500
@@ -138,7 +139,7 @@ def _check_server(slot: int | None, *, allow_eviction: bool) -> Generator[Read, 
     )
     if isinstance(info_reply, FlowError):
         raise info_reply
-    info = dict(line.split(":", 1) for line in info_reply.decode().splitlines() if ":" in line)
+    info = read_info(info_reply)
     _check_version(info)
     policy = info.get("maxmemory_policy", "noeviction")
     if policy.startswith("allkeys-") and not allow_eviction:
@@ -156,11 +157,21 @@ def _check_server(slot: int | None, *, allow_eviction: bool) -> Generator[Read, 
         )
 
 
-def _check_version(info: dict[str, str]) -> None:
-    name, key, needed = "Redis", "redis_version", MIN_REDIS
+def read_info(reply: bytes) -> dict[str, str]:
+    """The fields of INFO."""
+    return dict(line.split(":", 1) for line in reply.decode().splitlines() if ":" in line)
+
+
+def product_of(info: dict[str, str]) -> tuple[str, str]:
+    """The server's product and version. A Valkey has a `redis_version` too."""
     if "valkey_version" in info:
-        name, key, needed = "Valkey", "valkey_version", MIN_VALKEY
-    version = info.get(key, "0")
+        return "Valkey", info["valkey_version"]
+    return "Redis", info.get("redis_version", "0")
+
+
+def _check_version(info: dict[str, str]) -> None:
+    name, version = product_of(info)
+    needed = MIN_VALKEY if name == "Valkey" else MIN_REDIS
     if tuple(int(part) for part in version.split(".")[:2] if part.isdigit()) < needed:
         wanted = ".".join(map(str, needed))
         raise StorageError(f"the server is {name} {version}; redisflow needs {name} {wanted} or newer")
@@ -193,12 +204,9 @@ def delete(
 
 def prune_terminal_flows(namespace: Namespace, older_than: timedelta) -> Generator[Any, Any, int]:
     """Delete terminal flows that have not changed for that long. Returns how many."""
-    if not isinstance(older_than, timedelta):
-        raise InvalidData(f"older_than must be a timedelta, not {type(older_than).__name__}")
-    if older_than < timedelta(0):
-        raise InvalidData(f"older_than must not be negative: {older_than}")
+    older_than_us = span_us("older_than", older_than)
     ((seconds, micros),) = yield Read([command(None, b"TIME")])
-    before_us = int(seconds) * 1_000_000 + int(micros) - older_than // MICROSECOND
+    before_us = int(seconds) * 1_000_000 + int(micros) - older_than_us
     if before_us <= 0:
         return 0
     pruned = 0

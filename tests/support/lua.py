@@ -10,6 +10,8 @@ LUA = Path(__file__).parents[2] / "lua"
 EVERY_SCRIPT = (
     scripts.CREATE,
     scripts.DELETE,
+    scripts.LOOK,
+    scripts.MEND,
     *(
         script
         for appending in (scripts.UNTRIMMED, scripts.Appending.keeping(1000))
