@@ -158,9 +158,11 @@ class Server:
     url: str | None
     prefix: str
 
-    def connect(self, *, deadline_s: float = _CALL_DEADLINE_S) -> FlowManager:
+    def connect(self, *, allow_eviction: bool = False) -> FlowManager:
         """Return a manager; the connection is made when it is entered."""
-        return FlowManager.from_url(self.url, prefix=self.prefix, deadline_s=deadline_s)
+        return FlowManager.from_url(
+            self.url, prefix=self.prefix, deadline_s=_CALL_DEADLINE_S, allow_eviction=allow_eviction
+        )
 
 
 Command = TypeVar("Command", bound="Callable[..., Any]")
@@ -395,7 +397,7 @@ def examine(server: Server, quiet_after: timedelta, *, repair: bool, as_json: bo
     The flows may be in use meanwhile. Ends with 0 if all is well, 6 for warnings, 5 for errors; what --repair has
     mended does not count.
     """
-    with server.connect() as flows:
+    with server.connect(allow_eviction=True) as flows:  # which it reports
         diagnosis = flows.doctor(repair=repair, quiet_after=quiet_after)
     if as_json:
         click.echo(render.to_json(render.diagnosis_document(diagnosis)))

@@ -374,6 +374,16 @@ def test_the_doctor_shows_the_first_of_many(shell: Shell, server: Server) -> Non
     assert shell.run("doctor", "--repair").out.count(": removed") == 50
 
 
+def test_the_doctor_looks_at_a_server_that_no_other_command_accepts() -> None:
+    """One that may evict flows: an error it reports."""
+    with Server(ENGINES[0], "--maxmemory-policy", "allkeys-lru", "--maxmemory", "100mb") as evicting:
+        shell = Shell(evicting.url, "cli", FlowManager)  # type: ignore[arg-type]  # the manager is not used
+        assert shell.run("stats").code == 4
+        ran = shell.run("doctor")
+    assert ran.code == 5
+    assert re.search(r"^error +eviction +maxmemory-policy allkeys-lru, at most 100.00M$", ran.out, re.MULTILINE)
+
+
 @pytest.mark.parametrize("columns", [80, 120])
 def test_what_the_doctor_says_fits_a_terminal(shell: Shell, server: Server, columns: int) -> None:
     """However long and hostile a key is; nothing of it is cut."""
