@@ -251,11 +251,7 @@ def test_the_documented_user_may_do_everything_and_has_nothing_to_spare(engine: 
         exercise(url)
         with pytest.raises(redisflow.StorageError, match="lacks a permission"):
             FlowManager.from_url(url, prefix="other").connect()
-<<<<<<< HEAD
-        optional = {"+config|get", "+client|id", "+client|kill", *LISTENING}
-=======
-        optional = {"+config|get", "+client|id", "+client|kill", *DOCTORS}
->>>>>>> c04f1aa (doctor: a health check of the store, which mends what loses nothing by it)
+        optional = {"+config|get", "+client|id", "+client|kill", *LISTENING, *DOCTORS}
         exercise(as_user(server, [part for part in rule if part not in optional]))
         for part in rule:
             if part.startswith(("~", "+")) and part not in optional:

@@ -273,12 +273,14 @@ def said(
     """What is made of a server's answers: severity, kind and text of what is not in order."""
     namespace, found = Namespace("p"), Findings()
     namespace.connected(16)
-    op = examine_server(namespace, found)
+    op: Any = examine_server(namespace, found)
     next(op)
+    op.send((None,))
     lines = info if isinstance(info, StorageError) else "".join(f"{k}:{v}\r\n" for k, v in info.items()).encode()
     flat = config if isinstance(config, StorageError) else [part.encode() for pair in config.items() for part in pair]
+    op.send([lines, flat])
     with pytest.raises(StopIteration):
-        op.send([lines, flat, list(meta)])
+        op.send([list(meta)])
     return [(f.severity.value, f.kind, f.what) for f in found.all() if f.severity is not Severity.OK]
 
 

@@ -16,7 +16,7 @@ from uuid import UUID
 import attrs
 
 from redisflow import scripts
-from redisflow.calls import Batch, Call, Command, Read, Reply, command
+from redisflow.calls import Batch, Call, Command, Primaries, Read, Reply, command
 from redisflow.diagnosis import Diagnosis, KeyUsage, Severity
 from redisflow.errors import FlowError, InvalidData, StorageError
 from redisflow.flow import Flow, FlowStatus
@@ -63,22 +63,26 @@ def doctor(namespace: Namespace, *, repair: bool, quiet_after: timedelta) -> Gen
 
 
 class KeyScan:
-    """Every key under the namespace's tags, a page at a time; some may come twice. All of them are on one node."""
+    """Every key under the namespace's tags, a page at a time, node by node; some may come twice."""
 
     def __init__(self, namespace: Namespace) -> None:
         self._pattern = namespace.keyspace.pattern
         self._cursor = 0
-        self._begun = False
+        self._left: list[int | None] | None = None  # a slot of each primary that is not scanned to its end
 
-    def next_page(self) -> Generator[Read, Any, Sequence[bytes] | StorageError | None]:
-        """The next keys, perhaps none; `None` after the last; the error, where the server refuses."""
-        if self._begun and self._cursor == 0:
+    def next_page(self) -> Generator[Read | Primaries, Any, Sequence[bytes] | StorageError | None]:
+        """The next keys, perhaps none; `None` after the last; the error, where a server refuses."""
+        if self._left is None:
+            self._left = list((yield Primaries()))
+        if not self._left:
             return None
-        ask = command(None, b"SCAN", self._cursor, b"MATCH", self._pattern, b"COUNT", SCAN_COUNT)
+        ask = command(self._left[-1], b"SCAN", self._cursor, b"MATCH", self._pattern, b"COUNT", SCAN_COUNT)
         (reply,) = yield Read([ask], tolerant=True)
         if isinstance(reply, StorageError):
             return reply
-        self._begun, self._cursor = True, int(reply[0])
+        self._cursor = int(reply[0])
+        if not self._cursor:
+            self._left.pop()
         keys: Sequence[bytes] = reply[1]
         return keys
 

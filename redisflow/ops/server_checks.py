@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Generator, Iterator, Mapping
 from typing import Any
 
-from redisflow.calls import Read, command
+import attrs
+
+from redisflow.calls import Primaries, Read, command
 from redisflow.diagnosis import Finding, Severity
 from redisflow.errors import FlowError
-from redisflow.keys import LAYOUT_VERSION, meta_key
+from redisflow.keys import LAYOUT_VERSION, meta_key, slot_of
 from redisflow.ops.findings import Findings, readable
 from redisflow.ops.namespace import Namespace
 from redisflow.ops.upkeep import product_of, read_info
@@ -20,32 +22,40 @@ _LAST_ERRORS = {
 }
 
 
-def examine_server(namespace: Namespace, findings: Findings) -> Generator[Read, Any, None]:
-    """Look at the server's settings and state, and at the namespace's."""
-    meta = meta_key(namespace.prefix).encode()
-    info_reply, config_reply, meta_reply = yield Read(
+def examine_server(namespace: Namespace, findings: Findings) -> Generator[Read | Primaries, Any, None]:
+    """Look at the settings and the state of each server, and at the namespace's settings."""
+    primaries = yield Primaries()
+    for primary in primaries:
+        yield from _examine_one(primary, findings, several=len(primaries) > 1)
+    meta = meta_key(namespace.prefix)
+    (meta_reply,) = yield Read(
+        [command(slot_of(meta), b"HMGET", meta.encode(), b"layout", b"partitions")], tolerant=True
+    )
+    findings.add(_layout(namespace, meta.encode(), meta_reply))
+
+
+def _examine_one(slot: int | None, findings: Findings, *, several: bool) -> Generator[Read, Any, None]:
+    info_reply, config_reply = yield Read(
         [
-            command(None, b"INFO"),
-            command(None, b"CONFIG", b"GET", b"save", b"min-replicas-to-write"),
-            command(None, b"HMGET", meta, b"layout", b"partitions"),
+            command(slot, b"INFO"),
+            command(slot, b"CONFIG", b"GET", b"save", b"min-replicas-to-write"),
         ],
         tolerant=True,
     )
     if isinstance(info_reply, FlowError):
         findings.unavailable("version, eviction, persistence and replication", "INFO", info_reply)
+        return
+    info = read_info(info_reply)
+    config: Mapping[str, str] | None = None
+    if isinstance(config_reply, FlowError):
+        findings.unavailable("snapshots and min-replicas-to-write", "CONFIG GET", config_reply)
     else:
-        info = read_info(info_reply)
-        config: Mapping[str, str] | None = None
-        if isinstance(config_reply, FlowError):
-            findings.unavailable("snapshots and min-replicas-to-write", "CONFIG GET", config_reply)
-        else:
-            names, values = config_reply[::2], config_reply[1::2]
-            config = {readable(name): readable(value) for name, value in zip(names, values, strict=True)}
-        findings.add(Finding(Severity.OK, "server", " ".join(product_of(info))))
-        findings.add(_eviction(info))
-        for finding in (*_persistence(info, config), *_replication(info, config)):
-            findings.add(finding)
-    findings.add(_layout(namespace, meta, meta_reply))
+        names, values = config_reply[::2], config_reply[1::2]
+        config = {readable(name): readable(value) for name, value in zip(names, values, strict=True)}
+    found = [Finding(Severity.OK, "server", " ".join(product_of(info))), _eviction(info)]
+    for finding in (*found, *_persistence(info, config), *_replication(info, config)):
+        what = f"node {info.get('tcp_port')}: {finding.what}" if several else finding.what
+        findings.add(attrs.evolve(finding, what=what))
 
 
 def _eviction(info: Mapping[str, str]) -> Finding:
