@@ -168,7 +168,7 @@ class Replicas:
 
     def see(self, said: Sequence[Reply]) -> None:
         """Learn from the replies to those commands how many there are."""
-        if not isinstance(said[-1], Refusal):
+        if not isinstance(said[-1], Refusal) and said[-1][0] == b"master":  # and not a replica by now
             self._seen = max(self._seen, len(said[-1][2]))
 
 
