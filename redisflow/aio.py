@@ -7,7 +7,7 @@ in a script, once. `redisflow.manager.FlowManager` has the same names and argume
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Generator, Iterable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from datetime import datetime, timedelta
 from typing import Any, Self
 from uuid import UUID
@@ -15,11 +15,12 @@ from uuid import UUID
 import redis.asyncio
 from redis.asyncio.cluster import RedisCluster
 
-from redisflow.aio_cluster_wire import AsyncClusterWire, wire_to
+from redisflow.aio_cluster_wire import AsyncClusterWire
+from redisflow.aio_link import AsyncLink, drive
 from redisflow.aio_wire import AsyncWire
-from redisflow.calls import Block, Call, Lost, Op, Packet, Pages, Primaries, T
+from redisflow.calls import Call, Lost, Op, Pages, T
 from redisflow.connection import ClusterEndpoint, Endpoint, endpoint_of, taken_from, url_of
-from redisflow.delivery import TROUBLES, Step, deliver, first_attempt, go_on
+from redisflow.delivery import TROUBLES, first_attempt, go_on
 from redisflow.diagnosis import Diagnosis
 from redisflow.flow import Flow, FlowEvent, FlowRef, FlowStatus, FlowStep, NewFlow, StepObservation, StepRuntime
 from redisflow.ops import batches, changes, creation, doctor, follow, reads, records, rewriting, upkeep
@@ -58,24 +59,22 @@ class AsyncFlowManager:
         manager._set_up(endpoint, Settings(prefix=prefix, **options))  # noqa: SLF001 - the other constructor
         return manager
 
-    def _set_up(self, endpoint: Callable[[], Any], settings: Settings) -> None:
-        self._endpoint = endpoint
-        self._settings = settings
+    def _set_up(self, endpoint: Callable[[], Awaitable[Endpoint | ClusterEndpoint]], settings: Settings) -> None:
         self.namespace = settings.namespace()
-        self._wire: AsyncWire | AsyncClusterWire | None = None
-        self._connecting: asyncio.Lock | None = None
+        self._link = AsyncLink(endpoint, settings)
 
     # --- carrying out operations ---
 
     async def perform(self, op: Op[T]) -> T:
         """Carry out an operation of `redisflow.ops`, and return what it returns."""
-        wire = self._wire or await self.connect()
-        policy = self._policy
+        link = self._link
+        wire = link.wire or await self.connect()
+        policy = link.policy
         answer: Any
         try:
             wanted = next(op)
             if type(wanted) is not Call or policy.confirm is not None:
-                return await self._drive(wire, go_on(op, wanted, policy))
+                return await drive(wire, go_on(op, wanted, policy))
             # Nearly every operation is one call, and is answered: of thousands under way, each waits just here.
             sent_s = policy.clock()
             try:
@@ -83,30 +82,8 @@ class AsyncFlowManager:
             except Lost as lost:
                 answer = lost
             if type(answer) in TROUBLES:
-                return await self._drive(wire, go_on(op, wanted, policy, answer, sent_s))
-            return await self._drive(wire, go_on(op, op.send(answer), policy))
-        except StopIteration as stop:
-            result: T = stop.value
-            return result
-
-    async def _drive(self, wire: AsyncWire | AsyncClusterWire, steps: Generator[Step, Any, T]) -> T:
-        try:
-            step = next(steps)
-            while True:
-                try:
-                    if isinstance(step, Packet):
-                        reply: Any = await wire.exchange(step)
-                    elif isinstance(step, Block):
-                        reply = await wire.block(step)
-                    elif isinstance(step, Primaries):
-                        reply = await wire.primaries(step)
-                    else:
-                        await wire.pause(step.seconds)
-                        reply = None
-                except Lost as lost:
-                    step = steps.throw(lost)
-                else:
-                    step = steps.send(reply)
+                return await drive(wire, go_on(op, wanted, policy, answer, sent_s))
+            return await drive(wire, go_on(op, op.send(answer), policy))
         except StopIteration as stop:
             result: T = stop.value
             return result
@@ -118,35 +95,11 @@ class AsyncFlowManager:
 
     async def connect(self) -> AsyncWire | AsyncClusterWire:
         """Connect and check the server and the namespace now; otherwise the first use does."""
-        if self._connecting is None:
-            self._connecting = asyncio.Lock()
-        async with self._connecting:
-            if self._wire is None:
-                endpoint = await self._endpoint()
-                settings = self._settings
-                wire = wire_to(
-                    endpoint, max_connections=settings.max_connections, acquire_timeout_s=settings.deadline_s
-                )
-                self._policy = settings.policy(real_server=endpoint.real_server, cluster=endpoint.is_cluster)
-                check = upkeep.connect(
-                    self.namespace,
-                    real_server=endpoint.real_server,
-                    allow_eviction=settings.allow_eviction,
-                    confirms=self._policy.confirm is not None,
-                )
-                try:
-                    await self._drive(wire, deliver(check, self._policy))
-                except BaseException:
-                    await wire.close()
-                    raise
-                self._wire = wire
-            return self._wire
+        return await self._link.connect(self.namespace)
 
     async def aclose(self) -> None:
         """Close the connections. The next use opens new ones, in whatever event loop it happens."""
-        wire, self._wire, self._connecting = self._wire, None, None
-        if wire is not None:
-            await wire.close()
+        await self._link.close()
 
     async def __aenter__(self) -> Self:
         await self.connect()

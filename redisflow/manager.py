@@ -6,7 +6,6 @@ in a script, once; `redisflow.aio.AsyncFlowManager` has the same names and argum
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import datetime, timedelta
 from typing import Any, Self
@@ -16,12 +15,13 @@ import redis
 from redis.cluster import RedisCluster
 
 from redisflow.batch import FlowBatch
-from redisflow.calls import Block, Lost, Op, Packet, Pages, Primaries, T
-from redisflow.cluster_wire import ClusterWire, wire_to
+from redisflow.calls import Op, Pages, T
+from redisflow.cluster_wire import ClusterWire
 from redisflow.connection import ClusterEndpoint, Endpoint, endpoint_of, taken_from, url_of
 from redisflow.delivery import deliver
 from redisflow.diagnosis import Diagnosis
 from redisflow.flow import Flow, FlowEvent, FlowRef, FlowStatus, FlowStep, NewFlow, StepObservation, StepRuntime
+from redisflow.link import Link, drive
 from redisflow.ops import batches, changes, creation, doctor, follow, reads, records, rewriting, upkeep
 from redisflow.settings import Settings
 from redisflow.waits import AnyWait
@@ -70,40 +70,16 @@ class FlowManager:
         return manager
 
     def _set_up(self, endpoint: Callable[[], Endpoint | ClusterEndpoint], settings: Settings) -> None:
-        self._endpoint = endpoint
-        self._settings = settings
         self.namespace = settings.namespace()
-        self._wire: Wire | ClusterWire | None = None
-        self._connecting = threading.Lock()
+        self._link = Link(endpoint, settings)
 
     # --- carrying out operations ---
 
     def perform(self, op: Op[T]) -> T:
         """Carry out an operation of `redisflow.ops`, and return what it returns."""
-        return self._drive(self._wire or self.connect(), op)
-
-    def _drive(self, wire: Wire | ClusterWire, op: Op[T]) -> T:
-        steps = deliver(op, self._policy)
-        try:
-            step = next(steps)
-            while True:
-                try:
-                    if isinstance(step, Packet):
-                        reply: Any = wire.exchange(step)
-                    elif isinstance(step, Block):
-                        reply = wire.block(step)
-                    elif isinstance(step, Primaries):
-                        reply = wire.primaries(step)
-                    else:
-                        wire.pause(step.seconds)
-                        reply = None
-                except Lost as lost:
-                    step = steps.throw(lost)
-                else:
-                    step = steps.send(reply)
-        except StopIteration as stop:
-            result: T = stop.value
-            return result
+        link = self._link
+        wire = link.wire or self.connect()
+        return drive(wire, deliver(op, link.policy))
 
     def _pages(self, pages: Pages[T]) -> Iterator[T]:
         while (page := self.perform(pages.next_page())) is not None:
@@ -115,34 +91,11 @@ class FlowManager:
         Raises:
             LayoutMismatch: the namespace was created with another layout.
         """
-        with self._connecting:
-            if self._wire is None:
-                endpoint = self._endpoint()
-                settings = self._settings
-                wire = wire_to(
-                    endpoint, max_connections=settings.max_connections, acquire_timeout_s=settings.deadline_s
-                )
-                self._policy = settings.policy(real_server=endpoint.real_server, cluster=endpoint.is_cluster)
-                check = upkeep.connect(
-                    self.namespace,
-                    real_server=endpoint.real_server,
-                    allow_eviction=settings.allow_eviction,
-                    confirms=self._policy.confirm is not None,
-                )
-                try:
-                    self._drive(wire, check)
-                except BaseException:
-                    wire.close()
-                    raise
-                self._wire = wire
-            return self._wire
+        return self._link.connect(self.namespace)
 
     def close(self) -> None:
         """Close the connections. The next use opens new ones."""
-        with self._connecting:
-            wire, self._wire = self._wire, None
-        if wire is not None:
-            wire.close()
+        self._link.close()
 
     def __enter__(self) -> Self:
         self.connect()

@@ -152,8 +152,8 @@ async def test_more_callers_than_may_be_under_way_wait_for_room(
     """Nothing piles up beyond the bound, and everybody gets a turn."""
     monkeypatch.setattr("redisflow.multiplex._MAX_UNDER_WAY", 8)
     flow = await running(flows, n=0)
-    assert isinstance(flows._wire, MultiplexedWire)
-    stream = flows._wire._stream
+    assert isinstance(flows._link.wire, MultiplexedWire)
+    stream = flows._link.wire._stream
     assert stream is not None
     most, send = 0, stream.send
 

@@ -34,6 +34,13 @@ DEFAULT_MAX_PAYLOAD_BYTES = 2**20
 _OP_IDS_AT_ONCE = 256
 
 
+@attrs.define(eq=False)
+class _Joined:
+    """What connecting finds out about a namespace: shared by those that are made from it."""
+
+    keyspace: Keyspace = attrs.field(init=False)
+
+
 @attrs.define
 class Namespace:
     """One prefix on one server.
@@ -49,19 +56,16 @@ class Namespace:
     partitions: int | None = attrs.field(default=None, converter=attrs.converters.optional(require_partitions))
     max_payload_bytes: int = DEFAULT_MAX_PAYLOAD_BYTES
     appending: Appending = UNTRIMMED
-    _keyspace: Keyspace | None = None
+    _joined: _Joined = attrs.field(factory=_Joined)
 
     @property
     def keyspace(self) -> Keyspace:
         """The key names; operations run only after `upkeep.connect` has set them."""
-        if self._keyspace is None:
-            msg = "an operation ran before the namespace was connected"
-            raise AssertionError(msg)
-        return self._keyspace
+        return self._joined.keyspace
 
     def connected(self, partitions: int) -> None:
         """Note the partition count the namespace has."""
-        self._keyspace = Keyspace.of(self.prefix, partitions)
+        self._joined.keyspace = Keyspace.of(self.prefix, partitions)
 
     def require_room(self, what: str, pieces: Iterable[bytes]) -> None:
         """Refuse what is larger than one call may store."""

@@ -138,7 +138,7 @@ class SideBySide(RuleBasedStateMachine):
     def keys(self) -> dict[str, set[bytes]]:
         """Every key of the namespace but its meta, with the members of the sets, by kind and name."""
         found: dict[str, set[bytes]] = {}
-        for key in self.raw.scan_iter(match=f"{{{self.flows._settings.prefix}:*", count=1000):
+        for key in self.raw.scan_iter(match=f"{{{self.flows.namespace.prefix}:*", count=1000):
             name = key.decode().partition("}:")[2]
             members = set(self.raw.zrange(key, 0, -1)) if self.raw.type(key) == b"zset" else set[bytes]()
             found.setdefault(name, set()).update(members)

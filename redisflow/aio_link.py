@@ -1,0 +1,89 @@
+"""The connection of an asyncio manager."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Generator
+from typing import Any
+
+from redisflow.aio_cluster_wire import AsyncClusterWire, wire_to
+from redisflow.aio_wire import AsyncWire
+from redisflow.calls import Block, Lost, Packet, Primaries, T
+from redisflow.connection import ClusterEndpoint, Endpoint
+from redisflow.delivery import Policy, Step, deliver
+from redisflow.ops import upkeep
+from redisflow.ops.namespace import Namespace
+from redisflow.settings import Settings
+
+
+class AsyncLink:
+    """How a manager reaches its server: connected when it is first needed.
+
+    Attributes:
+        wire: carries packets; `None` while there is no connection.
+        policy: how calls are delivered over it.
+    """
+
+    policy: Policy
+
+    def __init__(self, endpoint: Callable[[], Awaitable[Endpoint | ClusterEndpoint]], settings: Settings) -> None:
+        """Take what finds out where to connect to, and the options."""
+        self.wire: AsyncWire | AsyncClusterWire | None = None
+        self._endpoint = endpoint
+        self._settings = settings
+        self._connecting: asyncio.Lock | None = None
+
+    async def connect(self, namespace: Namespace) -> AsyncWire | AsyncClusterWire:
+        """Connect, unless that is done, and check the server and the namespace."""
+        if self._connecting is None:
+            self._connecting = asyncio.Lock()
+        async with self._connecting:
+            if self.wire is None:
+                endpoint, settings = await self._endpoint(), self._settings
+                wire = wire_to(
+                    endpoint, max_connections=settings.max_connections, acquire_timeout_s=settings.deadline_s
+                )
+                self.policy = settings.policy(real_server=endpoint.real_server, cluster=endpoint.is_cluster)
+                check = upkeep.connect(
+                    namespace,
+                    real_server=endpoint.real_server,
+                    allow_eviction=settings.allow_eviction,
+                    confirms=self.policy.confirm is not None,
+                )
+                try:
+                    await drive(wire, deliver(check, self.policy))
+                except BaseException:
+                    await wire.close()
+                    raise
+                self.wire = wire
+            return self.wire
+
+    async def close(self) -> None:
+        """Close the connections. The next may be opened in another event loop."""
+        wire, self.wire, self._connecting = self.wire, None, None
+        if wire is not None:
+            await wire.close()
+
+
+async def drive(wire: AsyncWire | AsyncClusterWire, steps: Generator[Step, Any, T]) -> T:
+    """Carry out the steps of a delivery, and return what it comes to."""
+    try:
+        step = next(steps)
+        while True:
+            try:
+                if isinstance(step, Packet):
+                    reply: Any = await wire.exchange(step)
+                elif isinstance(step, Block):
+                    reply = await wire.block(step)
+                elif isinstance(step, Primaries):
+                    reply = await wire.primaries(step)
+                else:
+                    await wire.pause(step.seconds)
+                    reply = None
+            except Lost as lost:
+                step = steps.throw(lost)
+            else:
+                step = steps.send(reply)
+    except StopIteration as stop:
+        result: T = stop.value
+        return result

@@ -1,0 +1,88 @@
+"""The connection of a sync manager."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Generator
+from typing import Any
+
+from redisflow.calls import Block, Lost, Packet, Primaries, T
+from redisflow.cluster_wire import ClusterWire, wire_to
+from redisflow.connection import ClusterEndpoint, Endpoint
+from redisflow.delivery import Policy, Step, deliver
+from redisflow.ops import upkeep
+from redisflow.ops.namespace import Namespace
+from redisflow.settings import Settings
+from redisflow.wire import Wire
+
+
+class Link:
+    """How a manager reaches its server: connected when it is first needed.
+
+    Attributes:
+        wire: carries packets; `None` while there is no connection.
+        policy: how calls are delivered over it.
+    """
+
+    policy: Policy
+
+    def __init__(self, endpoint: Callable[[], Endpoint | ClusterEndpoint], settings: Settings) -> None:
+        """Take what finds out where to connect to, and the options."""
+        self.wire: Wire | ClusterWire | None = None
+        self._endpoint = endpoint
+        self._settings = settings
+        self._connecting = threading.Lock()
+
+    def connect(self, namespace: Namespace) -> Wire | ClusterWire:
+        """Connect, unless that is done, and check the server and the namespace."""
+        with self._connecting:
+            if self.wire is None:
+                endpoint, settings = self._endpoint(), self._settings
+                wire = wire_to(
+                    endpoint, max_connections=settings.max_connections, acquire_timeout_s=settings.deadline_s
+                )
+                self.policy = settings.policy(real_server=endpoint.real_server, cluster=endpoint.is_cluster)
+                check = upkeep.connect(
+                    namespace,
+                    real_server=endpoint.real_server,
+                    allow_eviction=settings.allow_eviction,
+                    confirms=self.policy.confirm is not None,
+                )
+                try:
+                    drive(wire, deliver(check, self.policy))
+                except BaseException:
+                    wire.close()
+                    raise
+                self.wire = wire
+            return self.wire
+
+    def close(self) -> None:
+        """Close the connections."""
+        with self._connecting:
+            wire, self.wire = self.wire, None
+        if wire is not None:
+            wire.close()
+
+
+def drive(wire: Wire | ClusterWire, steps: Generator[Step, Any, T]) -> T:
+    """Carry out the steps of a delivery, and return what it comes to."""
+    try:
+        step = next(steps)
+        while True:
+            try:
+                if isinstance(step, Packet):
+                    reply: Any = wire.exchange(step)
+                elif isinstance(step, Block):
+                    reply = wire.block(step)
+                elif isinstance(step, Primaries):
+                    reply = wire.primaries(step)
+                else:
+                    wire.pause(step.seconds)
+                    reply = None
+            except Lost as lost:
+                step = steps.throw(lost)
+            else:
+                step = steps.send(reply)
+    except StopIteration as stop:
+        result: T = stop.value
+        return result
