@@ -4,7 +4,7 @@
 --
 -- KEYS  1 flow  2 events
 -- ARGV  1 op          id of this operation: stands in the event
---       2 conditions  '' or '<look>|<expected>', see include/look_back.lua and docs/layout.md
+--       2 conditions  '' or '<look>|<expected>|<owner>', see include/conditions.lua and docs/layout.md
 --       3 kind  4 payload
 -- REPLY OK event_id revision | ABSENT | UNKNOWN | OTHER_OP kind | STALE revision
 local flow_key, events_key = KEYS[1], KEYS[2]

@@ -2,7 +2,7 @@
 --
 -- KEYS  1 flow  2 events  3 owner set  4 status set  5 scratch  there is none before and after
 -- ARGV  1 op          id of this operation: becomes the flow's etag, stands in the events
---       2 conditions  '' or '<look>|<expected>', see include/look_back.lua and docs/layout.md
+--       2 conditions  '' or '<look>|<expected>|<owner>', see include/conditions.lua and docs/layout.md
 --       3 flow_id
 --       4 owner       the owner whose flow of this id is answered if it exists, '' to refuse
 --       5 status
@@ -13,11 +13,20 @@ local op, conditions, flow_id, owner, status, n_events = unpack(ARGV, 1, 6)
 local fields_from = 7 + 2 * n_events
 
 if redis.call('HLEN', flow_key) > 0 then
+  local look = ''
+  if conditions ~= '' then
+    --- include: conditions.lua
+    local _, hidden
+    look, _, hidden = read_conditions(flow_key, conditions)
+    if hidden then
+      return {'EXISTS'}
+    end
+  end
   local etag, found_owner = unpack(redis.call('HMGET', flow_key, 'etag', 'owner_session_key'), 1, 2)
   local verdict = etag == op and 'FOUND'
-  if not verdict and conditions ~= '' then
+  if not verdict and look ~= '' then
     --- include: look_back.lua
-    verdict = look_back(events_key, op, string.match(conditions, '^(.*)|'))
+    verdict = look_back(events_key, op, look)
   end
   if verdict == 'FOUND' or (owner ~= '' and owner == found_owner) then
     return {'FLOW', redis.call('HGETALL', flow_key)}

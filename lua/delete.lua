@@ -3,7 +3,7 @@
 -- KEYS  1 flow  2 events  3 steps  4 owner set  5 due  6 waiters
 --       7-12 status sets: created running waiting finished failed cancelled
 -- ARGV  1 op          id of this operation; it leaves no trace once the flow is gone
---       2 conditions  '' or '<look>|<expected>', see include/look_back.lua and docs/layout.md
+--       2 conditions  '' or '<look>|<expected>|<owner>', see include/conditions.lua and docs/layout.md
 --       3 flow_id
 --       4 created_at  which tells the flow from another of the same id, whose owner may be another
 --       5 terminal    '' to delete any flow, else only one in these statuses, each between bars,
@@ -15,11 +15,18 @@ local status_keys = {unpack(KEYS, 7, 12)}
 
 local stored = redis.call('HMGET', flow_key, 'created_at', 'revision', 'etag', 'status', 'updated_at', 'waiter')
 local found_created_at, revision, etag, status, updated_at, waiter = unpack(stored, 1, 6)
+local look, expected, hidden = '', '', false
+if conditions ~= '' then
+  --- include: conditions.lua
+  look, expected, hidden = read_conditions(flow_key, conditions)
+end
+if hidden then
+  found_created_at = nil
+end
 if found_created_at ~= created_at then
   -- The caller saw it before its first attempt: gone by a resend, that attempt deleted it.
-  return {string.find(conditions, '^%a*%d') and 'OK' or found_created_at and 'MOVED' or 'ABSENT'}
+  return {string.find(look, '%d') and 'OK' or found_created_at and 'MOVED' or 'ABSENT'}
 end
-local expected = string.match(conditions, '|(.*)$') or ''
 if expected ~= '' and expected ~= revision and expected ~= (revision or '') .. ' ' .. (etag or '') then
   return {'STALE', revision or '0'}
 end

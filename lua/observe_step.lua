@@ -8,7 +8,7 @@
 --
 -- KEYS  1 flow  2 events  3 steps
 -- ARGV  1 op          id of this operation: stands in the event
---       2 conditions  '' or '<look>|<expected>', see include/look_back.lua and docs/layout.md
+--       2 conditions  '' or '<look>|<expected>|<owner>', see include/conditions.lua and docs/layout.md
 --       3 run_id
 --       4 head        array header and id, for a step that is new
 --       5 child       child_session_key, packed

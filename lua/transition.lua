@@ -27,7 +27,7 @@
 --
 -- KEYS  1 flow  2 events, then the prelude's
 -- ARGV  1 op              id of this operation: becomes the flow's etag, stands in the event
---       2 conditions      '' or '<look>|<expected>', see include/look_back.lua and docs/layout.md
+--       2 conditions      '' or '<look>|<expected>|<owner>', see include/conditions.lua and docs/layout.md
 --       3 flow_id
 --       4 held_etag       etag of the caller's copy, '' for none
 --       5 next_revision   one more than the revision of the caller's copy
@@ -42,6 +42,15 @@ local call = redis.call
 local flow_key, events_key = KEYS[1], KEYS[2]
 local op, conditions, flow_id, held_etag, next_revision, payload = unpack(ARGV, 1, 6)
 
+local look, expected = '', ''
+if conditions ~= '' then
+  --- include: conditions.lua
+  local hidden
+  look, expected, hidden = read_conditions(flow_key, conditions)
+  if hidden then
+    return {'ABSENT'}
+  end
+end
 -- An etag names one version of a flow: where the stored one is the caller's, what the copy says is so.
 local etag = call('HGET', flow_key, 'etag')
 local current = etag == held_etag and etag ~= ''
@@ -62,7 +71,6 @@ if not current or conditions ~= '' then
   next_revision = string.format('%.0f', revision + 1)
 end
 if conditions ~= '' or etag == op then
-  local look, expected = string.match(conditions, '^(.*)|(.*)$')
   if etag == op or look ~= '' then
     --- include: look_back.lua
     local verdict, entry = look_back(events_key, op, etag == op and 'deep' or look)

@@ -23,6 +23,7 @@ from redisflow.connection import ClusterEndpoint, Endpoint, endpoint_of, taken_f
 from redisflow.delivery import TROUBLES, first_attempt, go_on
 from redisflow.diagnosis import Diagnosis
 from redisflow.flow import Flow, FlowEvent, FlowRef, FlowStatus, FlowStep, NewFlow, StepObservation, StepRuntime
+from redisflow.link import view_of
 from redisflow.ops import batches, changes, creation, doctor, follow, reads, records, rewriting, upkeep
 from redisflow.settings import Settings
 from redisflow.waits import AnyWait
@@ -62,6 +63,7 @@ class AsyncFlowManager:
     def _set_up(self, endpoint: Callable[[], Awaitable[Endpoint | ClusterEndpoint]], settings: Settings) -> None:
         self.namespace = settings.namespace()
         self._link = AsyncLink(endpoint, settings)
+        self._is_view = False
 
     # --- carrying out operations ---
 
@@ -98,8 +100,12 @@ class AsyncFlowManager:
         return await self._link.connect(self.namespace)
 
     async def aclose(self) -> None:
-        """Close the connections. The next use opens new ones, in whatever event loop it happens."""
-        await self._link.close()
+        """Close the connections. The next use opens new ones, in whatever event loop it happens.
+
+        A view's are left to the manager it came from.
+        """
+        if not self._is_view:
+            await self._link.close()
 
     async def __aenter__(self) -> Self:
         await self.connect()
@@ -108,6 +114,10 @@ class AsyncFlowManager:
     async def __aexit__(self, *_: object) -> None:
         await self.aclose()
 
+    def for_owner(self, owner: str) -> Self:
+        """A view of one owner's flows: other owners' are to it as if they did not exist."""
+        return view_of(self, namespace=self.namespace.for_owner(owner))
+
     # --- creating ---
 
     async def create_managed(
@@ -115,7 +125,7 @@ class AsyncFlowManager:
         *,
         controller_id: str,
         goal: str,
-        owner_session_key: str,
+        owner_session_key: str | None = None,
         requester_origin: str,
         current_step: str = "init",
         state: Any = None,
@@ -145,7 +155,7 @@ class AsyncFlowManager:
         *,
         controller_id: str,
         goal: str,
-        owner_session_key: str,
+        owner_session_key: str | None = None,
         requester_origin: str,
         current_step: str = "init",
         state: Any = None,

@@ -1,4 +1,4 @@
-"""The connection of an asyncio manager."""
+"""The connection of an asyncio manager and its views."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from redisflow.settings import Settings
 
 
 class AsyncLink:
-    """How a manager reaches its server: connected when it is first needed.
+    """How a manager and its views reach their server: connected when it is first needed.
 
     Attributes:
         wire: carries packets; `None` while there is no connection.

@@ -33,6 +33,7 @@ class Call:
         op_id: the operation's id.
         look: `deep` where the caller brought the op, so that even a first attempt looks for it.
         expected: what the stored flow must be: `<revision>` or `<revision> <etag>`; empty for anything.
+        owner: to whom the caller is bound: the script takes another's flow for none. Empty for everybody's.
         narrow: it has just the keys for the status of the caller's copy, and is answered OTHER_KEYS in another.
     """
 
@@ -45,6 +46,7 @@ class Call:
     look: bytes = b""
     expected: bytes = b""
     narrow: bool = False
+    owner: bytes = b""
 
     @property
     def subject(self) -> str:
@@ -55,9 +57,9 @@ class Call:
         """The command of a first attempt, or of a resend `span_ms` milliseconds after it."""
         conditions = b""
         if span_ms is not None:
-            conditions = b"%b%d|%b" % (self.look, span_ms, self.expected)
-        elif self.look or self.expected:
-            conditions = b"%b|%b" % (self.look, self.expected)
+            conditions = b"%b%d|%b|%b" % (self.look, span_ms, self.expected, self.owner)
+        elif self.look or self.expected or self.owner:
+            conditions = b"%b|%b|%b" % (self.look, self.expected, self.owner)
         keys = self.keys
         how = (b"EVAL", source.text) if text else (b"EVALSHA", source.sha)
         return (*how, b"%d" % len(keys), *keys, self.op_id.encode(), conditions, *self.args)
@@ -76,10 +78,22 @@ class Batch:
 
 
 class Command(NamedTuple):
-    """One plain command and the slot it belongs to; `None` where any node will do."""
+    """One plain command and the slot it belongs to; `None` where any node will do.
+
+    Attributes:
+        script: what it runs by EVALSHA, if it does.
+        about: what it is about, for errors; by default its own first words.
+    """
 
     slot: int | None
     args: tuple[bytes, ...]
+    script: Script | None = None
+    about: bytes = b""
+
+    @property
+    def subject(self) -> str:
+        """What it is about, for errors."""
+        return (self.about or b" ".join(self.args[:2])).decode(errors="replace")
 
 
 @attrs.frozen(eq=False)

@@ -36,7 +36,7 @@ from redisflow.calls import (
     Unconfirmed,
 )
 from redisflow.errors import FlowError, InvalidData, OutcomeUnknown, StorageError
-from redisflow.scripts import Source
+from redisflow.scripts import Script, Source
 
 if TYPE_CHECKING:
     from uuid import UUID
@@ -126,11 +126,19 @@ class _Attempts:
 class _Asked(_Attempts):
     """Those of a command that may be asked any number of times."""
 
-    __slots__ = ("args",)
+    __slots__ = ("_script", "args")
 
     def __init__(self, command: Command, *, insist: bool = True) -> None:
-        super().__init__(command.slot, _naming(command.args), insist=insist)
-        self.args = command.args
+        super().__init__(command.slot, command.subject, insist=insist)
+        self.args, self._script = command.args, command.script
+
+    def note(self, answer: Reply | Refusal | Lost, sent_s: float, policy: Policy) -> bool:
+        """Take in what came of a packet sent at `sent_s`. Returns whether to send again at once."""
+        if type(answer) is Refusal and answer.code == "NOSCRIPT" and self._script is not None:
+            self.args = (b"EVAL", _source_of(self._script, policy).text, *self.args[2:])
+            self._script = None
+            return True
+        return super().note(answer, sent_s, policy)
 
 
 class _Called(_Attempts):
@@ -141,7 +149,7 @@ class _Called(_Attempts):
     def __init__(self, call: Call, policy: Policy) -> None:
         super().__init__(call.slot, call.subject)
         self.call = call
-        self._source = _source_of(call, policy)
+        self._source = _source_of(call.script, policy)
         self._text = False
         self._first_s: float | None = None
 
@@ -174,8 +182,8 @@ class _Called(_Attempts):
             self.outcome = unknown
 
 
-def _source_of(call: Call, policy: Policy) -> Source:
-    return call.script.plain if policy.plain_scripts else call.script.source
+def _source_of(script: Script, policy: Policy) -> Source:
+    return script.plain if policy.plain_scripts else script.source
 
 
 def _error(subject: str, failure: Refusal | Lost) -> FlowError:
@@ -309,7 +317,7 @@ def _first_packet(calls: Sequence[Call], sent_s: float, confirm: Confirm | None,
     commands: list[Sequence[bytes]] = []
     known = set()
     for call in calls:
-        source = _source_of(call, policy)
+        source = _source_of(call.script, policy)
         commands.append(call.command(source, text=not policy.cluster and source.sha not in known))
         known.add(source.sha)
     slots = [call.slot for call in calls]
@@ -392,10 +400,6 @@ def _ask(step: Block | Primaries, command: Command, policy: Policy) -> Generator
     return outcome
 
 
-def _naming(args: Sequence[bytes]) -> str:
-    return b" ".join(args[:2]).decode(errors="replace")
-
-
 def _deliver_pause(pause: Pause, _: Policy) -> Generator[Step, Any, None]:
     yield pause
 
@@ -411,7 +415,7 @@ _DELIVER: dict[type, Callable[..., Generator[Step, Any, Any]]] = {
 
 def first_attempt(call: Call, sent_s: float, policy: Policy) -> Packet:
     """The packet of a call that is sent for the first time."""
-    command, until_s = call.command(_source_of(call, policy)), sent_s + policy.deadline_s
+    command, until_s = call.command(_source_of(call.script, policy)), sent_s + policy.deadline_s
     if policy.confirm is None:
         return Packet((call.slot,), (command,), until_s)
     return Packet((call.slot,), (command,), until_s, confirm=_confirm(policy.confirm, [call]))

@@ -206,7 +206,7 @@ class NewFlow:
 
     controller_id: str
     goal: str
-    owner_session_key: str
+    owner_session_key: str | None = None
     requester_origin: str
     current_step: str = "init"
     state: Any = None

@@ -1,10 +1,11 @@
-"""The connection of a sync manager."""
+"""The connection of a sync manager, and views that share it."""
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Callable, Generator
-from typing import Any
+from typing import Any, TypeVar
 
 from redisflow.calls import Block, Lost, Packet, Primaries, T
 from redisflow.cluster_wire import ClusterWire, wire_to
@@ -15,9 +16,11 @@ from redisflow.ops.namespace import Namespace
 from redisflow.settings import Settings
 from redisflow.wire import Wire
 
+M = TypeVar("M")
+
 
 class Link:
-    """How a manager reaches its server: connected when it is first needed.
+    """How a manager and its views reach their server: connected when it is first needed.
 
     Attributes:
         wire: carries packets; `None` while there is no connection.
@@ -86,3 +89,10 @@ def drive(wire: Wire | ClusterWire, steps: Generator[Step, Any, T]) -> T:
     except StopIteration as stop:
         result: T = stop.value
         return result
+
+
+def view_of(manager: M, **replaced: Any) -> M:
+    """A manager like another but for some attributes. It shares the other's connection and never closes it."""
+    view = copy.copy(manager)
+    vars(view).update(replaced, _is_view=True)
+    return view

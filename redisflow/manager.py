@@ -21,7 +21,7 @@ from redisflow.connection import ClusterEndpoint, Endpoint, endpoint_of, taken_f
 from redisflow.delivery import deliver
 from redisflow.diagnosis import Diagnosis
 from redisflow.flow import Flow, FlowEvent, FlowRef, FlowStatus, FlowStep, NewFlow, StepObservation, StepRuntime
-from redisflow.link import Link, drive
+from redisflow.link import Link, drive, view_of
 from redisflow.ops import batches, changes, creation, doctor, follow, reads, records, rewriting, upkeep
 from redisflow.settings import Settings
 from redisflow.waits import AnyWait
@@ -72,6 +72,7 @@ class FlowManager:
     def _set_up(self, endpoint: Callable[[], Endpoint | ClusterEndpoint], settings: Settings) -> None:
         self.namespace = settings.namespace()
         self._link = Link(endpoint, settings)
+        self._is_view = False
 
     # --- carrying out operations ---
 
@@ -94,8 +95,9 @@ class FlowManager:
         return self._link.connect(self.namespace)
 
     def close(self) -> None:
-        """Close the connections. The next use opens new ones."""
-        self._link.close()
+        """Close the connections. The next use opens new ones. A view's are left to the manager it came from."""
+        if not self._is_view:
+            self._link.close()
 
     def __enter__(self) -> Self:
         self.connect()
@@ -104,6 +106,20 @@ class FlowManager:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def for_owner(self, owner: str) -> Self:
+        """A view of one owner's flows: other owners' are to it as if they did not exist.
+
+        It creates under that owner, lists, counts and prunes only that owner's flows, and finds no others. It
+        shares the connection: closing it closes nothing.
+
+        Args:
+            owner: the flows' `owner_session_key`.
+
+        Raises:
+            InvalidData: this is a view of another owner's.
+        """
+        return view_of(self, namespace=self.namespace.for_owner(owner))
+
     # --- creating ---
 
     def create_managed(
@@ -111,7 +127,7 @@ class FlowManager:
         *,
         controller_id: str,
         goal: str,
-        owner_session_key: str,
+        owner_session_key: str | None = None,
         requester_origin: str,
         current_step: str = "init",
         state: Any = None,
@@ -122,7 +138,8 @@ class FlowManager:
         """Create a flow: status created, revision 0.
 
         Args:
-            controller_id, owner_session_key, requester_origin, current_step: 1 to 1,024 bytes each.
+            controller_id, owner_session_key, requester_origin, current_step: 1 to 1,024 bytes each; the owner may be
+                left out of a view's call, and cannot be another than the view's.
             goal: 1 to 65,536 bytes.
             state: any value that can be stored; `None` is an empty mapping.
             flow_id: a UUID of the caller's choice; by default a random one.
@@ -153,7 +170,7 @@ class FlowManager:
         *,
         controller_id: str,
         goal: str,
-        owner_session_key: str,
+        owner_session_key: str | None = None,
         requester_origin: str,
         current_step: str = "init",
         state: Any = None,

@@ -76,6 +76,7 @@ DELETE = Script.load("delete", flags=ALLOW_OOM)
 # The one that just looks cannot write: the server sees to that.
 LOOK = Script.load("reconcile", flags=f"no-writes,{ALLOW_OOM}", prelude="local MEND = false\n")
 MEND = Script.load("reconcile", flags=ALLOW_OOM, prelude="local MEND = true\n")
+READ_OWN = Script.load("read_own", flags="no-writes")
 
 
 # --- transitions ---------------------------------------------------------------------------------------

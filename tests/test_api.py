@@ -61,11 +61,12 @@ NAMES = """
     CancelPending InvalidData StorageError OutcomeUnknown NotDurable LayoutMismatch
 """
 CREATION = (
-    "*, controller_id, goal, owner_session_key, requester_origin, current_step='init', state=None, flow_id=None, "
+    "*, controller_id, goal, owner_session_key=None, requester_origin, current_step='init', state=None, flow_id=None, "
     "exist_ok=False, op_id=None"
 )
 VERB = "*, expected_revision=None, op_id=None"
 MANAGER = {
+    "for_owner": "owner",
     "create_managed": CREATION,
     "create_mirrored": CREATION,
     "create_many": "inputs, *, exist_ok=False",
@@ -170,7 +171,7 @@ def test_a_batch_has_the_managers_verbs() -> None:
 def test_the_asyncio_shell_is_asynchronous(sync: type, asynchronous: type) -> None:
     """Every method is awaited, or gives an async iterator; annotations agree but for that."""
     for name, method in public_methods(asynchronous).items():
-        if name in {"from_url", "aclose"}:
+        if name in {"from_url", "for_owner", "aclose"}:
             continue
         iterates = "AsyncIterator" in str(inspect.signature(method).return_annotation)
         assert inspect.iscoroutinefunction(method) != iterates, name

@@ -208,6 +208,9 @@ def exercise(url: str) -> None:
         assert flows.list_by_owner(flow.owner_session_key) == flows.list_by_status("running") == [flow]
         assert sum(flows.count_by_status().values()) == 1
         assert list(flows.watch(flow, timeout=0.02)) == []
+        view = flows.for_owner(flow.owner_session_key)
+        assert view.list_by_status("running") == [view.get(flow)] == [flow]
+        assert view.count_by_status() == flows.count_by_status()
         flow = flows.set_waiting(flow, redisflow.Manual(deadline=flow.created_at))
         flow = flows.request_cancel(flow)
         assert engine.tick().cancelled == 1

@@ -93,7 +93,7 @@ def test_the_header_has_the_names_the_script_uses(path: Path) -> None:
         assert bound
         assert {n: names.get(n) for n in bound} == bound
     assert sorted(args) == list(range(1, len(args) + 1))
-    assert (args[1], args[2]) == ("op", "conditions")
+    assert (args[1], args[2]) == (("owner", "name") if path.stem == "read_own" else ("op", "conditions"))
 
 
 def bindings(code: str, kind: str) -> Iterator[tuple[int, str]]:

@@ -2,14 +2,19 @@
 
 -- Returns the flow's revision; or nil and a refusal; or nil, nil and the entry this very operation left before.
 local function audit_guard(flow_key, events_key, op, kind, conditions)
+  local look, expected = '', ''
+  if conditions ~= '' then
+    --- include: conditions.lua
+    local hidden
+    look, expected, hidden = read_conditions(flow_key, conditions)
+    if hidden then
+      return nil, {'ABSENT'}
+    end
+  end
   local revision, etag = unpack(redis.call('HMGET', flow_key, 'revision', 'etag'), 1, 2)
   if not revision then
     return nil, {redis.call('EXISTS', flow_key) == 0 and 'ABSENT' or 'CORRUPT', 'revision'}
   end
-  if conditions == '' then
-    return revision
-  end
-  local look, expected = string.match(conditions, '^(.*)|(.*)$')
   if look ~= '' then
     --- include: look_back.lua
     local verdict, entry = look_back(events_key, op, look)

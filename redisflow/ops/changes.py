@@ -135,7 +135,18 @@ class Transition:
             args += pair
         keys = script.keys(partition, member)
         narrow = copy_status is not None
-        return Call(script.script, partition.slot, keys, args, flow_id, self.op, self.look, self.expected, narrow)
+        return Call(
+            script.script,
+            partition.slot,
+            keys,
+            args,
+            flow_id,
+            self.op,
+            self.look,
+            self.expected,
+            narrow,
+            namespace.owner,
+        )
 
     def read(self, reply: Any) -> Flow:
         """The flow after the change, or the refusal raised."""

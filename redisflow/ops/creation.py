@@ -12,6 +12,7 @@ from redisflow.codec import (
     StoredFlow,
     pack,
 )
+from redisflow.errors import InvalidData
 from redisflow.flow import (
     START_RUNNING,
     Flow,
@@ -38,7 +39,7 @@ def create(
     mirrored: bool,
     controller_id: str,
     goal: str,
-    owner_session_key: str,
+    owner_session_key: str | None,
     requester_origin: str,
     current_step: str,
     state: Any,
@@ -50,7 +51,7 @@ def create(
     op = op_id_of(op_id)
     # The id of a flow is that of the operation that makes it: called again with its op_id, it is the same flow.
     target = Target.at(UUID(hex=op, version=4) if flow_id is None else flow_id_of(flow_id))
-    owner = require_name("owner_session_key", owner_session_key)
+    owner = owner_of(namespace, owner_session_key)
     status = FlowStatus.RUNNING if mirrored else FlowStatus.CREATED
     fields = {
         b"controller_id": require_name("controller_id", controller_id),
@@ -89,6 +90,7 @@ def create(
         target.flow_id,
         op,
         look_of(op_id),
+        owner=namespace.owner,
     )
     match reply:
         case bytes() as created_at:
@@ -99,3 +101,17 @@ def create(
         case [b"FLOW", stored]:
             return found(target, stored)
     raise_refusal(reply, target.flow_id, op)
+
+
+def owner_of(namespace: Namespace, owner_session_key: str | None) -> bytes:
+    """Whose flow a creation makes: the caller says so, unless bound to an owner."""
+    if owner_session_key is None and not namespace.owner:
+        raise InvalidData("owner_session_key must be a string; only a view of one owner's flows can do without")
+    if owner_session_key is None:
+        return namespace.owner
+    owner = require_name("owner_session_key", owner_session_key)
+    if namespace.owner not in {b"", owner}:
+        raise InvalidData(
+            f"owner_session_key is {owner_session_key!r}, in a view of the flows of {namespace.owner.decode()!r}"
+        )
+    return owner

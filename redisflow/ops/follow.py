@@ -6,11 +6,12 @@ import time
 from collections.abc import Generator
 from typing import Any
 
-from redisflow.calls import Block, Read, command
+from redisflow.calls import Block, Command, Read, command
 from redisflow.codec import read_event, read_flow
 from redisflow.errors import AlreadyTerminal, FlowNotFound
 from redisflow.flow import TERMINAL, Flow, FlowEvent, FlowRef, FlowStatus
-from redisflow.ops.namespace import Namespace, Target, flow_id_of, partition_of, seconds_of, status_of
+from redisflow.ops.namespace import Namespace, Target, flow_id_of, if_own, partition_of, seconds_of, status_of
+from redisflow.ops.reads import hgetall
 from redisflow.ops.records import EVENTS_PAGE, require_event_id
 
 _FOREVER_S = float("inf")
@@ -30,24 +31,22 @@ class Watch:
 
     def next_page(self) -> Generator[Read | Block, Any, list[FlowEvent] | None]:
         """The next events, waiting for them; `None` at the end."""
-        partition = partition_of(self._namespace, self._target)
-        flow_key, stream = partition.flow(self._target.member), partition.events(self._target.member)
+        namespace, target = self._namespace, self._target
+        partition = partition_of(namespace, target)
+        flow_key, stream = partition.flow(target.member), partition.events(target.member)
         if self._after is None:
             # Resolved to an id once: "from now" asked again after a lost connection would skip what came between.
-            (last,) = yield Read([command(partition, b"XREVRANGE", stream, b"+", b"-", b"COUNT", 1)])
+            (last,) = yield Read([_last_entry(namespace, target)])
             self._after = last[0][0] if last else b"0-0"
+        status_now = if_own(namespace, target, command(partition, b"HMGET", flow_key, b"status", b"revision"))
         while not self._done:
             # Status before events: when it says ended, the event that ended it is already in the stream. While a slot
             # moves to another node they may be read in the other order, and it is there the next time.
-            (status, revision), entries = yield Read(
-                [
-                    command(partition, b"HMGET", flow_key, b"status", b"revision"),
-                    command(partition, b"XRANGE", stream, b"(" + self._after, b"+", b"COUNT", EVENTS_PAGE),
-                ]
-            )
+            behind = command(partition, b"XRANGE", stream, b"(" + self._after, b"+", b"COUNT", EVENTS_PAGE)
+            (status, revision), entries = yield Read([status_now, if_own(namespace, target, behind)])
             if status is None:
-                raise FlowNotFound(self._target.flow_id)
-            events = [read_event(self._target.flow_id, entry) for entry in entries]
+                raise FlowNotFound(target.flow_id)
+            events = [read_event(target.flow_id, entry) for entry in entries]
             if status_of(status.decode()).is_terminal:
                 ended_by = next((n for n, event in enumerate(events) if event.revision == int(revision)), None)
                 self._done = ended_by is not None or (self._ended and len(events) < EVENTS_PAGE)
@@ -73,17 +72,12 @@ def wait_for(
     timeout_s = seconds_of("timeout", timeout)
     until_s = _FOREVER_S if timeout_s is None else time.monotonic() + timeout_s
     partition = partition_of(namespace, target)
-    flow_key, stream = partition.flow(target.member), partition.events(target.member)
+    stream = partition.events(target.member)
     seen: Any = None
     while True:
         # The last event before the flow: a change after the flow was read comes after that event too. While a slot
         # moves to another node they may be read in the other order; then the event is of a later revision.
-        last, flat = yield Read(
-            [
-                command(partition, b"XREVRANGE", stream, b"+", b"-", b"COUNT", 1),
-                command(partition, b"HGETALL", flow_key),
-            ]
-        )
+        last, flat = yield Read([_last_entry(namespace, target), hgetall(namespace, target)])
         flow = read_flow(target.flow_id, flat)
         if flow is None:
             raise FlowNotFound(target.flow_id)
@@ -99,3 +93,9 @@ def wait_for(
             names = ", ".join(sorted(wanted))
             raise TimeoutError(f"flow {target.flow_id} is {flow.status} after {timeout_s} s, not {names}")
         yield Block(partition.slot, stream, last[0][0] if last else b"0-0", left_s)
+
+
+def _last_entry(namespace: Namespace, target: Target) -> Command:
+    partition = partition_of(namespace, target)
+    last = command(partition, b"XREVRANGE", partition.events(target.member), b"+", b"-", b"COUNT", 1)
+    return if_own(namespace, target, last)

@@ -11,6 +11,7 @@ from uuid import UUID
 
 import attrs
 
+from redisflow.calls import Command
 from redisflow.codec import StoredFlow
 from redisflow.errors import (
     AlreadyTerminal,
@@ -25,8 +26,8 @@ from redisflow.errors import (
 )
 from redisflow.flow import Flow, FlowRef, FlowStatus
 from redisflow.keys import Keyspace, Partition, require_partitions, require_prefix
-from redisflow.scripts import UNTRIMMED, Appending
-from redisflow.waits import MICROSECOND, require_aware, to_us
+from redisflow.scripts import READ_OWN, UNTRIMMED, Appending
+from redisflow.waits import MICROSECOND, require_aware, require_name, to_us
 
 log = logging.getLogger("redisflow")
 
@@ -49,6 +50,7 @@ class Namespace:
         partitions: as the caller gave it; `None` takes what the namespace has.
         max_payload_bytes: limit of what one call may store, encoded.
         appending: the scripts that append to a trail, and trim it or not.
+        owner: to whom the caller is bound: there are no others' flows. Empty for all.
         keyspace: known once connected.
     """
 
@@ -56,6 +58,7 @@ class Namespace:
     partitions: int | None = attrs.field(default=None, converter=attrs.converters.optional(require_partitions))
     max_payload_bytes: int = DEFAULT_MAX_PAYLOAD_BYTES
     appending: Appending = UNTRIMMED
+    owner: bytes = b""
     _joined: _Joined = attrs.field(factory=_Joined)
 
     @property
@@ -66,6 +69,17 @@ class Namespace:
     def connected(self, partitions: int) -> None:
         """Note the partition count the namespace has."""
         self._joined.keyspace = Keyspace.of(self.prefix, partitions)
+
+    def for_owner(self, owner: str) -> Namespace:
+        """The same namespace with just one owner's flows in it.
+
+        Raises:
+            InvalidData: it is bound to another owner.
+        """
+        name = require_name("owner", owner)
+        if self.owner not in {b"", name}:
+            raise InvalidData(f"a view of the flows of {self.owner.decode()!r} has none of {owner!r}")
+        return attrs.evolve(self, owner=name)
 
     def require_room(self, what: str, pieces: Iterable[bytes]) -> None:
         """Refuse what is larger than one call may store."""
@@ -257,3 +271,13 @@ def raise_refusal(
 def partition_of(namespace: Namespace, target: Target) -> Partition:
     """The partition of a flow."""
     return namespace.keyspace.partition_of(target.flow_id)
+
+
+def if_own(namespace: Namespace, target: Target, plain: Command) -> Command:
+    """A read of a key of a flow. To a bound caller the server answers of another's flow as of none."""
+    if not namespace.owner:
+        return plain
+    name, key, *args = plain.args
+    flow_key = partition_of(namespace, target).flow(target.member)
+    run = (b"EVALSHA", READ_OWN.source.sha, b"2", flow_key, key, namespace.owner, name, *args)
+    return Command(plain.slot, run, READ_OWN, b"%b %b" % (name, key))

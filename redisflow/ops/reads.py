@@ -19,6 +19,7 @@ from redisflow.ops.namespace import (
     Namespace,
     Target,
     flow_id_of,
+    if_own,
     limit_of,
     log,
     partition_of,
@@ -51,12 +52,16 @@ def get_many(namespace: Namespace, flow_ids: Iterable[FlowRef]) -> Generator[Rea
 def count_by_status(namespace: Namespace) -> Generator[Read | Primaries, Any, dict[FlowStatus, int]]:
     """How many flows are in each status."""
     partitions = namespace.keyspace.partitions
-    commands = [
-        command(partition, b"ZCARD", partition.status(status)) for status in FlowStatus for partition in partitions
-    ]
+    commands = [_counting(namespace, partition, status) for status in FlowStatus for partition in partitions]
     counts = yield Read(commands)
     width = len(partitions)
     return {status: sum(counts[n * width : (n + 1) * width]) for n, status in enumerate(FlowStatus)}
+
+
+def _counting(namespace: Namespace, partition: Partition, status: FlowStatus) -> Command:
+    if not namespace.owner:
+        return command(partition, b"ZCARD", partition.status(status))
+    return command(partition, b"ZINTERCARD", 2, partition.status(status), partition.owner(namespace.owner))
 
 
 # --- listings ------------------------------------------------------------------------------------------
@@ -124,7 +129,8 @@ class Listing:
     ) -> Listing:
         """The flows in a status, the longest unchanged first."""
         end = score_before("updated_before", updated_before)
-        return cls(namespace, page, owner=b"", status=status_of(status), end=end)
+        kind = _OwnListing if namespace.owner else cls
+        return kind(namespace, page, owner=b"", status=status_of(status), end=end)
 
     def next_page(self) -> Generator[Read | Primaries, Any, list[Flow] | None]:
         """The next flows in order; `None` after the last. A damaged flow must not hide the others."""
@@ -140,7 +146,7 @@ class Listing:
 
     def next_targets(self) -> Generator[Read | Primaries, Any, list[Target] | None]:
         """The next ids in order; `None` after the last."""
-        if not self._sources:
+        if not self._sources and not self._is_foreign():
             self._sources = [self._source(partition) for partition in self._namespace.keyspace.partitions]
         ids: list[bytes] = []
         while len(ids) < self._page:
@@ -154,6 +160,10 @@ class Listing:
             elif all(source.exhausted for source in self._sources):
                 break
         return targets_of(ids) if ids else None
+
+    def _is_foreign(self) -> bool:
+        """Whether it is of an owner whose flows the caller must not know of."""
+        return self._status is None and self._namespace.owner not in {b"", self._owner}
 
     def _rank(self, source: _Source) -> float:
         score = source.buffer[0][0]
@@ -175,6 +185,33 @@ class Listing:
         if self._status is None:
             return _Source(partition, partition.owner(self._owner), b"+inf")
         return _Source(partition, partition.status(self._status), b"-inf")
+
+
+class _OwnListing(Listing):
+    """One owner's flows in a status. No server gives a page of an intersection, so all ids are read at once."""
+
+    _members: deque[bytes] | None = None
+
+    def next_targets(self) -> Generator[Read, Any, list[Target] | None]:
+        """The next ids in order; `None` after the last."""
+        if self._members is None:
+            self._members = yield from self._intersection()
+        page = [self._members.popleft() for _ in range(min(self._page, len(self._members)))]
+        return targets_of(page) if page else None
+
+    def _intersection(self) -> Generator[Read, Any, deque[bytes]]:
+        weights = (b"WEIGHTS", 1, 0, b"WITHSCORES")
+        replies = yield Read(
+            [
+                command(p, b"ZINTER", 2, self._source(p).key, p.owner(self._namespace.owner), *weights)
+                for p in self._namespace.keyspace.partitions
+            ]
+        )
+        before = float(self._end.removeprefix(b"("))
+        scored = [
+            (float(score), member) for flat in replies for member, score in zip(flat[::2], flat[1::2], strict=True)
+        ]
+        return deque(member for score, member in sorted(scored) if score < before)
 
 
 def list_by_owner(namespace: Namespace, owner: str, limit: int | None) -> Generator[Read | Primaries, Any, list[Flow]]:
@@ -222,4 +259,4 @@ def read_sound(
 def hgetall(namespace: Namespace, target: Target) -> Command:
     """Read the whole hash of a flow."""
     partition = partition_of(namespace, target)
-    return command(partition, b"HGETALL", partition.flow(target.member))
+    return if_own(namespace, target, command(partition, b"HGETALL", partition.flow(target.member)))

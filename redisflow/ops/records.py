@@ -15,6 +15,7 @@ from redisflow.ops.namespace import (
     Target,
     expectation,
     flow_id_of,
+    if_own,
     limit_of,
     look_of,
     op_id_of,
@@ -56,6 +57,7 @@ def append_event(
         op,
         look_of(op_id),
         expected,
+        owner=namespace.owner,
     )
     if reply[0] != b"OK":
         raise_refusal(reply, target.flow_id, op, expected=expected)
@@ -77,9 +79,10 @@ def list_events(namespace: Namespace, flow_id: FlowRef, limit: int | None) -> Ge
     limit = limit_of(limit)
     if limit == 0:
         return []
-    partition = partition_of(namespace, target)
     bound = () if limit is None else (b"COUNT", limit)
-    (entries,) = yield Read([command(partition, b"XREVRANGE", partition.events(target.member), b"+", b"-", *bound)])
+    partition = partition_of(namespace, target)
+    newest = command(partition, b"XREVRANGE", partition.events(target.member), b"+", b"-", *bound)
+    (entries,) = yield Read([if_own(namespace, target, newest)])
     return [read_event(target.flow_id, entry) for entry in entries]
 
 
@@ -97,9 +100,11 @@ class Trail:
         """The next events; `None` after the last."""
         if self._done:
             return None
-        partition = partition_of(self._namespace, self._target)
-        stream = partition.events(self._target.member)
-        (entries,) = yield Read([command(partition, b"XRANGE", stream, self._start, b"+", b"COUNT", EVENTS_PAGE)])
+        namespace, target = self._namespace, self._target
+        partition = partition_of(namespace, target)
+        stream = partition.events(target.member)
+        behind = command(partition, b"XRANGE", stream, self._start, b"+", b"COUNT", EVENTS_PAGE)
+        (entries,) = yield Read([if_own(namespace, target, behind)])
         self._done = len(entries) < EVENTS_PAGE
         if not entries:
             return None
@@ -172,6 +177,7 @@ def record_step_observation(
         op,
         look_of(op_id),
         expected,
+        owner=namespace.owner,
     )
     if reply[0] != b"OK":
         raise_refusal(reply, target.flow_id, op, expected=expected)
@@ -189,7 +195,8 @@ def list_steps(namespace: Namespace, flow_id: FlowRef) -> Generator[Read, Any, l
     """Every step of a flow, oldest first."""
     target = Target.at(flow_id_of(flow_id))
     partition = partition_of(namespace, target)
-    (packed,) = yield Read([command(partition, b"HVALS", partition.steps(target.member))])
+    every = command(partition, b"HVALS", partition.steps(target.member))
+    (packed,) = yield Read([if_own(namespace, target, every)])
     steps = [read_step(target.flow_id, value) for value in packed]
     return sorted(steps, key=lambda step: (step.created_at, step.run_id))
 
@@ -198,6 +205,6 @@ def find_step_by_run_id(namespace: Namespace, flow_id: FlowRef, run_id: str) -> 
     """One step of a flow; `None` if that run was never observed."""
     target = Target.at(flow_id_of(flow_id))
     partition = partition_of(namespace, target)
-    field = require_name("run_id", run_id)
-    (packed,) = yield Read([command(partition, b"HGET", partition.steps(target.member), field)])
+    one = command(partition, b"HMGET", partition.steps(target.member), require_name("run_id", run_id))
+    ((packed,),) = yield Read([if_own(namespace, target, one)])
     return None if packed is None else read_step(target.flow_id, packed)

@@ -16,6 +16,7 @@ from redisflow.ops.namespace import (
     Namespace,
     Target,
     expectation,
+    if_own,
     log,
     op_id_of,
     partition_of,
@@ -108,6 +109,8 @@ def _check_permissions(
             command(partition, b"XREAD", b"COUNT", 1, b"STREAMS", events, b"0-0"),
             command(partition, b"ZADD", index, b"XX", 0, member),
             command(partition, b"ZCARD", index),
+            command(partition, b"ZINTER", 2, index, index),
+            command(partition, b"ZINTERCARD", 2, index, index),
             command(partition, b"ZRANGE", index, 0, 0),
             command(partition, b"ZREM", index, member),
             *([command(partition, b"WAIT", 0, 1), command(partition, b"ROLE")] if confirms else []),
@@ -237,7 +240,8 @@ def _prune_page(namespace: Namespace, targets: list[Target], before_us: int) -> 
 
 def _owner_of(namespace: Namespace, target: Target) -> Command:
     partition = partition_of(namespace, target)
-    return command(partition, b"HMGET", partition.flow(target.member), b"owner_session_key", b"created_at")
+    fields = command(partition, b"HMGET", partition.flow(target.member), b"owner_session_key", b"created_at")
+    return if_own(namespace, target, fields)
 
 
 def _delete_call(
@@ -268,4 +272,5 @@ def _delete_call(
         target.flow_id,
         op,
         expected=expected,
+        owner=namespace.owner,
     )

@@ -17,6 +17,7 @@ from redisflow.errors import (
     FlowError,
     FlowNotFound,
     IllegalTransition,
+    InvalidData,
     RevisionMismatch,
 )
 from redisflow.flow import CANCEL, RESUME, Flow, FlowRef, FlowStatus, Verb
@@ -65,6 +66,8 @@ def channels(namespace: Namespace) -> list[bytes]:
 
 def tick(namespace: Namespace, now: datetime | None) -> Generator[Any, Any, Tick]:
     """Resume what is due at `now` (the server's time unless given), cancel what was asked to."""
+    if namespace.owner:
+        raise InvalidData("an engine ticks for every owner: make it of the manager, not of a view of one owner's flows")
     given_us = None if now is None else to_us(require_aware("now", now))
     partitions = namespace.keyspace.partitions
     (seconds, micros), *replies = yield Read(

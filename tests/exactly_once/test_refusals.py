@@ -173,10 +173,12 @@ def _is_busy(server: Server) -> bool:
     return False
 
 
-def test_a_server_out_of_memory_refuses_growth_and_lets_work_end(lone: Server) -> None:
-    """OOM: creating and growing are refused at once with nothing half done; ending and deleting go on."""
+@pytest.mark.parametrize("bound", [False, True], ids=["of-all", "of-one-owner"])
+def test_a_server_out_of_memory_refuses_growth_and_lets_work_end(lone: Server, bound: bool) -> None:
+    """OOM: creating and growing are refused at once with nothing half done; reading, ending and deleting go on."""
     client = lone.client()
-    with FlowManager.from_url(lone.url, deadline_s=60) as flows:
+    with FlowManager.from_url(lone.url, deadline_s=60) as manager:
+        flows = manager.for_owner("o") if bound else manager
         running = {name: prepared(flows, FlowStatus.RUNNING) for name in ("finish", "fail", "cancel", "delete", "grow")}
         waiting = prepared(flows, FlowStatus.WAITING)
         client.config_set("maxmemory", 1)

@@ -31,17 +31,20 @@ def gone_after(fault: Fault) -> Callable[[list[bytes]], Fault]:
 
 @pytest.mark.parametrize("fault", [CUT_REPLY, CUT_REQUEST], ids=["applied", "not-applied"])
 @pytest.mark.parametrize("name", VERBS)
+@pytest.mark.parametrize("bound", [False, True], ids=["of-all", "of-one-owner"])
 def test_the_op_id_of_an_unknown_outcome_settles_it(
-    proxy: FaultProxy, direct: FlowManager, prefix: str, name: str, fault: Fault
+    proxy: FaultProxy, direct: FlowManager, prefix: str, *, name: str, fault: Fault, bound: bool
 ) -> None:
-    """Applied already, the same verb with that op id answers; not applied, it is applied once."""
+    """Applied already, the same verb with that op id answers; not applied, it is applied once. By a view as well."""
+    if bound:
+        direct = direct.for_owner("o")
     status, kind, verb = VERBS[name]
     flow = prepared(direct, status)
     before = len(direct.list_events(flow))
     with FlowManager.from_url(proxy.url, prefix=prefix, deadline_s=0.2) as flows:
         proxy.plan = gone_after(fault)
         with pytest.raises(OutcomeUnknown) as unknown:
-            verb(flows, flow, None)
+            verb(flows.for_owner("o") if bound else flows, flow, None)
     op_id = unknown.value.op_id
     assert isinstance(unknown.value, StorageError)
     assert unknown.value.__cause__ is not None
@@ -104,8 +107,10 @@ def test_a_server_that_was_never_reached_is_no_unknown_outcome(
     assert direct.get(flow) == flow
 
 
+@pytest.mark.parametrize("owner", ["o", "another"])
+@pytest.mark.parametrize("bound", [False, True], ids=["of-all", "of-one-owner"])
 def test_a_resent_delete_spares_the_flow_that_was_created_anew(
-    proxy: FaultProxy, direct: FlowManager, prefix: str
+    proxy: FaultProxy, direct: FlowManager, prefix: str, *, owner: str, bound: bool
 ) -> None:
     """The first attempt deleted one flow; another of the same id is not this operation's to delete."""
     flow = prepared(direct, FlowStatus.RUNNING)
@@ -113,12 +118,12 @@ def test_a_resent_delete_spares_the_flow_that_was_created_anew(
     def plan(command: list[bytes]) -> Fault:
         call = sent(command)
         if call and call[2]:
-            direct.create_managed(**IDENTITY, flow_id=flow.id, exist_ok=True)
+            direct.create_managed(**IDENTITY | {"owner_session_key": owner}, flow_id=flow.id, exist_ok=True)
         return CUT_REPLY if call and not call[2] else PASS
 
     with FlowManager.from_url(proxy.url, prefix=prefix) as flows:
         proxy.plan = plan
-        assert flows.delete(flow) is True
+        assert (flows.for_owner("o") if bound else flows).delete(flow) is True
     assert direct.get(flow) is not None
 
 

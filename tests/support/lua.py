@@ -12,6 +12,7 @@ EVERY_SCRIPT = (
     scripts.DELETE,
     scripts.LOOK,
     scripts.MEND,
+    scripts.READ_OWN,
     *(
         script
         for appending in (scripts.UNTRIMMED, scripts.Appending.keeping(1000))

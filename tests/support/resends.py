@@ -11,6 +11,7 @@ import attrs
 from redisflow import ExternalEvent, Flow, FlowManager, FlowStatus, Manual, StepObservation, WaitEngine
 
 IDENTITY: dict[str, Any] = {"controller_id": "c", "goal": "g", "owner_session_key": "o", "requester_origin": "r"}
+_OP_DIGITS = 32
 
 
 def sent(command: list[bytes]) -> tuple[UUID, bytes, bytes] | None:
@@ -18,8 +19,8 @@ def sent(command: list[bytes]) -> tuple[UUID, bytes, bytes] | None:
     if command[0] not in {b"EVALSHA", b"EVAL"}:
         return None
     argv = command[3 + int(command[2]) :]
-    if len(argv) < 2:
-        return None  # the probe at connect
+    if len(argv) < 2 or len(argv[0]) != _OP_DIGITS:
+        return None  # the probe at connect, or a read
     op, look = argv[0], argv[1].partition(b"|")[0]
     return UUID(command[3].rpartition(b":")[2].decode()), op, bytes(filter(bytes([*b"0123456789"]).__contains__, look))
 

@@ -99,6 +99,8 @@ class Blocking:
             outcome = attribute(*args, **options)
             if isinstance(outcome, AsyncIterator):
                 return self._thread.iterate(outcome)
+            if isinstance(outcome, type(self.target)):
+                return Blocking(outcome, self._thread)
             return self._thread.run(outcome)
 
         return call
