@@ -16,7 +16,7 @@ import redis.asyncio
 from redis.asyncio.cluster import RedisCluster
 
 from redisflow.aio_cluster_wire import AsyncClusterWire
-from redisflow.aio_link import AsyncLink, drive
+from redisflow.aio_link import AsyncLink, AsyncLinkView, drive
 from redisflow.aio_wire import AsyncWire
 from redisflow.calls import Call, Lost, Op, Pages, T
 from redisflow.connection import ClusterEndpoint, Endpoint, endpoint_of, taken_from, url_of
@@ -62,7 +62,7 @@ class AsyncFlowManager:
 
     def _set_up(self, endpoint: Callable[[], Awaitable[Endpoint | ClusterEndpoint]], settings: Settings) -> None:
         self.namespace = settings.namespace()
-        self._link = AsyncLink(endpoint, settings)
+        self._link: AsyncLink | AsyncLinkView = AsyncLink(endpoint, settings)
         self._is_view = False
 
     # --- carrying out operations ---
@@ -117,6 +117,10 @@ class AsyncFlowManager:
     def for_owner(self, owner: str) -> Self:
         """A view of one owner's flows: other owners' are to it as if they did not exist."""
         return view_of(self, namespace=self.namespace.for_owner(owner))
+
+    def with_durability(self, durability: str) -> Self:
+        """A view whose changes succeed when so many replicas have them: `local`, `replicas:N` or `all`."""
+        return view_of(self, _link=self._link.confirming(durability))
 
     # --- creating ---
 

@@ -22,6 +22,7 @@ class AsyncLink:
     Attributes:
         wire: carries packets; `None` while there is no connection.
         policy: how calls are delivered over it.
+        settings: the options.
     """
 
     policy: Policy
@@ -30,7 +31,7 @@ class AsyncLink:
         """Take what finds out where to connect to, and the options."""
         self.wire: AsyncWire | AsyncClusterWire | None = None
         self._endpoint = endpoint
-        self._settings = settings
+        self.settings = settings
         self._connecting: asyncio.Lock | None = None
 
     async def connect(self, namespace: Namespace) -> AsyncWire | AsyncClusterWire:
@@ -39,7 +40,7 @@ class AsyncLink:
             self._connecting = asyncio.Lock()
         async with self._connecting:
             if self.wire is None:
-                endpoint, settings = await self._endpoint(), self._settings
+                endpoint, settings = await self._endpoint(), self.settings
                 wire = wire_to(
                     endpoint, max_connections=settings.max_connections, acquire_timeout_s=settings.deadline_s
                 )
@@ -63,6 +64,41 @@ class AsyncLink:
         wire, self.wire, self._connecting = self.wire, None, None
         if wire is not None:
             await wire.close()
+
+    def confirming(self, durability: str) -> AsyncLinkView:
+        """The same connection, with changes that wait for other replicas."""
+        return AsyncLinkView(self, durability)
+
+
+class AsyncLinkView:
+    """The same connection, with changes that wait for other replicas."""
+
+    def __init__(self, link: AsyncLink, durability: str) -> None:
+        """Share a link."""
+        link.settings.confirming(Policy(0.0), durability)  # refuses what is none
+        self._link = link
+        self._durability = durability
+
+    @property
+    def wire(self) -> AsyncWire | AsyncClusterWire | None:
+        """The link's."""
+        return self._link.wire
+
+    @property
+    def policy(self) -> Policy:
+        """The link's, but for what changes wait for."""
+        return self._link.settings.confirming(self._link.policy, self._durability)
+
+    async def connect(self, namespace: Namespace) -> AsyncWire | AsyncClusterWire:
+        """Connect the link."""
+        return await self._link.connect(namespace)
+
+    async def close(self) -> None:
+        """Leave the link open: it is another's."""
+
+    def confirming(self, durability: str) -> AsyncLinkView:
+        """The same connection, with changes that wait for others again."""
+        return AsyncLinkView(self._link, durability)
 
 
 async def drive(wire: AsyncWire | AsyncClusterWire, steps: Generator[Step, Any, T]) -> T:

@@ -25,6 +25,7 @@ class Link:
     Attributes:
         wire: carries packets; `None` while there is no connection.
         policy: how calls are delivered over it.
+        settings: the options.
     """
 
     policy: Policy
@@ -33,14 +34,14 @@ class Link:
         """Take what finds out where to connect to, and the options."""
         self.wire: Wire | ClusterWire | None = None
         self._endpoint = endpoint
-        self._settings = settings
+        self.settings = settings
         self._connecting = threading.Lock()
 
     def connect(self, namespace: Namespace) -> Wire | ClusterWire:
         """Connect, unless that is done, and check the server and the namespace."""
         with self._connecting:
             if self.wire is None:
-                endpoint, settings = self._endpoint(), self._settings
+                endpoint, settings = self._endpoint(), self.settings
                 wire = wire_to(
                     endpoint, max_connections=settings.max_connections, acquire_timeout_s=settings.deadline_s
                 )
@@ -65,6 +66,41 @@ class Link:
             wire, self.wire = self.wire, None
         if wire is not None:
             wire.close()
+
+    def confirming(self, durability: str) -> LinkView:
+        """The same connection, with changes that wait for other replicas."""
+        return LinkView(self, durability)
+
+
+class LinkView:
+    """The same connection, with changes that wait for other replicas."""
+
+    def __init__(self, link: Link, durability: str) -> None:
+        """Share a link."""
+        link.settings.confirming(Policy(0.0), durability)  # refuses what is none
+        self._link = link
+        self._durability = durability
+
+    @property
+    def wire(self) -> Wire | ClusterWire | None:
+        """The link's."""
+        return self._link.wire
+
+    @property
+    def policy(self) -> Policy:
+        """The link's, but for what changes wait for."""
+        return self._link.settings.confirming(self._link.policy, self._durability)
+
+    def connect(self, namespace: Namespace) -> Wire | ClusterWire:
+        """Connect the link."""
+        return self._link.connect(namespace)
+
+    def close(self) -> None:
+        """Leave the link open: it is another's."""
+
+    def confirming(self, durability: str) -> LinkView:
+        """The same connection, with changes that wait for others again."""
+        return LinkView(self._link, durability)
 
 
 def drive(wire: Wire | ClusterWire, steps: Generator[Step, Any, T]) -> T:

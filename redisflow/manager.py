@@ -21,7 +21,7 @@ from redisflow.connection import ClusterEndpoint, Endpoint, endpoint_of, taken_f
 from redisflow.delivery import deliver
 from redisflow.diagnosis import Diagnosis
 from redisflow.flow import Flow, FlowEvent, FlowRef, FlowStatus, FlowStep, NewFlow, StepObservation, StepRuntime
-from redisflow.link import Link, drive, view_of
+from redisflow.link import Link, LinkView, drive, view_of
 from redisflow.ops import batches, changes, creation, doctor, follow, reads, records, rewriting, upkeep
 from redisflow.settings import Settings
 from redisflow.waits import AnyWait
@@ -71,7 +71,7 @@ class FlowManager:
 
     def _set_up(self, endpoint: Callable[[], Endpoint | ClusterEndpoint], settings: Settings) -> None:
         self.namespace = settings.namespace()
-        self._link = Link(endpoint, settings)
+        self._link: Link | LinkView = Link(endpoint, settings)
         self._is_view = False
 
     # --- carrying out operations ---
@@ -119,6 +119,19 @@ class FlowManager:
             InvalidData: this is a view of another owner's.
         """
         return view_of(self, namespace=self.namespace.for_owner(owner))
+
+    def with_durability(self, durability: str) -> Self:
+        """A view whose changes succeed when so many replicas have them, as in `with_durability("all").finish(flow)`.
+
+        It shares the connection: closing it closes nothing.
+
+        Args:
+            durability: `local`, `replicas:N` or `all`, as the option of the same name.
+
+        Raises:
+            InvalidData: none of these.
+        """
+        return view_of(self, _link=self._link.confirming(durability))
 
     # --- creating ---
 

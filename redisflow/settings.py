@@ -92,7 +92,16 @@ class Settings:
 
     def policy(self, *, real_server: bool, cluster: bool) -> Policy:
         """How calls are delivered under these options."""
-        confirm = confirm_of(self.durability, self.confirm_within_s)
-        if confirm is not None and not real_server:
-            raise InvalidData(f"durability={self.durability!r} needs a real server: memory:// has no replicas")
-        return Policy(self.deadline_s, plain_scripts=not real_server, cluster=cluster, confirm=confirm)
+        policy = Policy(self.deadline_s, plain_scripts=not real_server, cluster=cluster)
+        return self.confirming(policy, self.durability)
+
+    def confirming(self, policy: Policy, durability: str) -> Policy:
+        """The policy with what changes wait for.
+
+        Raises:
+            InvalidData: there is nobody to wait for.
+        """
+        confirm = confirm_of(durability, self.confirm_within_s)
+        if confirm is not None and policy.plain_scripts:
+            raise InvalidData(f"durability={durability!r} needs a real server: memory:// has no replicas")
+        return attrs.evolve(policy, confirm=confirm)

@@ -67,6 +67,7 @@ CREATION = (
 VERB = "*, expected_revision=None, op_id=None"
 MANAGER = {
     "for_owner": "owner",
+    "with_durability": "durability",
     "create_managed": CREATION,
     "create_mirrored": CREATION,
     "create_many": "inputs, *, exist_ok=False",
@@ -171,7 +172,7 @@ def test_a_batch_has_the_managers_verbs() -> None:
 def test_the_asyncio_shell_is_asynchronous(sync: type, asynchronous: type) -> None:
     """Every method is awaited, or gives an async iterator; annotations agree but for that."""
     for name, method in public_methods(asynchronous).items():
-        if name in {"from_url", "for_owner", "aclose"}:
+        if name in {"from_url", "for_owner", "with_durability", "aclose"}:
             continue
         iterates = "AsyncIterator" in str(inspect.signature(method).return_annotation)
         assert inspect.iscoroutinefunction(method) != iterates, name

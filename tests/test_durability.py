@@ -153,7 +153,7 @@ def kill_server(socket_path: Path) -> None:
 def test_the_crash_of_a_server_with_an_append_only_file_loses_and_doubles_nothing(engine: Engine) -> None:
     """On every engine: what a reply was seen for is there after `kill -9`, hash and trail agreeing."""
     with ExitStack() as stack:
-        server = stack.enter_context(Server(engine))
+        server = stack.enter_context(Server(engine, "--appendfsync", "always"))
         flows = stack.enter_context(FlowManager.from_url(server.url))
         writers = Writers(flows, [flows.create_mirrored(**IDENTITY, state={"n": 0}).id for _ in range(4)])
 

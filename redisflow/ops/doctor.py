@@ -42,6 +42,10 @@ _TYPES = {
 
 def doctor(namespace: Namespace, *, repair: bool, quiet_after: timedelta) -> Generator[Any, Any, Diagnosis]:
     """Examine server, namespace and every key; mend what can be mended, if asked to."""
+    if namespace.owner:
+        raise InvalidData(
+            "the doctor examines every owner's flows: call it on the manager, not on a view of one owner's"
+        )
     examination = _Examination(namespace, repair=repair, quiet_us=span_us("quiet_after", quiet_after))
     findings = examination.findings
     yield from examine_server(namespace, findings)

@@ -66,7 +66,7 @@ LISTING = {
     "count_by_status",
     "prune_terminal_flows",
 }
-SETTING_UP = {"from_url", "connect", "close", "perform", "batch", "for_owner"}
+SETTING_UP = {"from_url", "connect", "close", "perform", "batch", "for_owner", "with_durability", "doctor"}
 
 
 def methods_of(cls: type) -> set[str]:
@@ -527,6 +527,12 @@ def test_a_view_shares_the_connection_and_closes_nothing(subject: Subject) -> No
     manager.close()
     assert manager.get(flow.id) == flow == view.get(flow.id)
     assert type(view) is type(manager)
+
+
+def test_the_doctor_is_for_all_of_a_namespace(view: Any) -> None:
+    """It tells of every flow, and mends them."""
+    with pytest.raises(InvalidData, match="view"):
+        view.doctor()
 
 
 def test_a_view_may_be_entered(subject: Subject) -> None:
