@@ -18,6 +18,7 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
+from tests.support.leftovers import nothing_left, processes_in
 from tests.support.proxy import (
     CUT_REPLY,
     CUT_REQUEST,
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 ROOT = Path(__file__).parents[1]
+needs_proc = pytest.mark.skipif(not Path("/proc/self/cwd").exists(), reason="finds processes in /proc")
 INCR = "return redis.call('INCR', KEYS[1])"
 
 
@@ -118,6 +120,47 @@ def test_a_paused_server_answers_after_resume() -> None:
             hasty.incr("n")
         server.resume()
         wait_until(lambda: server.client().get("n") == b"1", description="the command sent before the thaw ran")
+
+
+def test_a_server_comes_back_as_it_was_configured() -> None:
+    """What it rewrites its configuration to outlives it, unlike what it was merely told."""
+    with Server(ENGINES[0]) as server:
+        server.raw.config_set("hz", 23)
+        server.raw.config_rewrite()
+        server.raw.config_set("hz", 24)
+        server.restart()
+        assert server.raw.config_get("hz") == {"hz": "23"}
+
+
+def test_a_frozen_server_is_not_up() -> None:
+    """Neither is one that ended; a start makes it so, whatever it was before."""
+    with Server(ENGINES[0]) as server:
+        states = []
+        for change in (server.pause, server.resume, server.pause, server.kill, server.start):
+            change()
+            states.append((server.running, server.up))
+    assert states == [(True, False), (True, True), (True, False), (False, False), (True, True)]
+
+
+@needs_proc
+@pytest.mark.parametrize("engine", ENGINES, ids=str)
+def test_a_crash_takes_a_saving_child_along(engine: Engine) -> None:
+    """A child that writes a snapshot does not outlive its server."""
+    with nothing_left() as folder, Server(engine, "--rdb-key-save-delay", "60000000") as server:
+        server.raw.set("a", 1)
+        server.raw.bgsave()
+        assert len(processes_in(folder)) == 2
+
+
+def test_a_taken_bus_port_is_not_fought_over() -> None:
+    """A node of a cluster needs the port 10,000 above its own as well, and waits for it."""
+    with socket.socket() as squatter:
+        squatter.bind(("127.0.0.1", 0))
+        squatter.listen()
+        late = Server(ENGINES[0], "--cluster-enabled", "yes", port=squatter.getsockname()[1] - 10_000)
+        threading.Timer(0.3, squatter.close).start()
+        with late:
+            assert late.client().ping()
 
 
 def test_a_taken_port_is_not_fought_over(server: Server) -> None:

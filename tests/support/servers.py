@@ -12,6 +12,7 @@ import subprocess
 import tempfile
 import time
 from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
 from random import SystemRandom
 from typing import Any, Self
@@ -23,8 +24,12 @@ from redis.retry import Retry
 
 _READY_WITHIN_S = 15.0
 _STOPPED_WITHIN_S = 10.0
-# Below the ports the kernel gives to outgoing connections, and so is the cluster bus, at the port + 10,000.
-_PORTS = range(11_000, 22_000)
+# The cluster bus, at the port + 10,000, takes nobody's port, and is below those of outgoing connections as well.
+_PORTS = range(11_000, 21_000)
+
+# For servers with replicas: a copy is sent at once, and loaded as it arrives. (Of one in a file, the replica asks just
+# once a second, in Valkey 9.1, whether it is there.)
+QUICK_SYNC = ("--repl-diskless-sync-delay", "0", "--repl-diskless-load", "swapdb")
 
 
 @attrs.frozen
@@ -76,6 +81,8 @@ class Server:
 
     Leaving the context ends the process and removes what was made for it; so does, on the whole, the death of
     the test process, however sudden.
+
+    Its configuration file is empty at first: `CONFIG REWRITE`, and a Sentinel, write there what a restart finds.
     """
 
     def __init__(
@@ -103,6 +110,7 @@ class Server:
         self._own = Path(tempfile.mkdtemp(prefix="rf-"))  # short: socket paths are
         self.directory = directory or self._own / "data"
         self.socket_path = self._own / "server.sock"
+        self.paused = False
         self._process: subprocess.Popen[bytes] | None = None
         self._guard: subprocess.Popen[bytes] | None = None
         self._clients: list[redis.Redis] = []
@@ -135,6 +143,16 @@ class Server:
     @property
     def running(self) -> bool:
         return self._process is not None and self._process.poll() is None
+
+    @property
+    def up(self) -> bool:
+        """Running, and not frozen."""
+        return self.running and not self.paused
+
+    @cached_property
+    def raw(self) -> Any:  # redis-py does not annotate `execute_command`
+        """A client for looking at it: answers are text, and a frozen server is not waited for."""
+        return self.client(protocol=3, decode_responses=True, socket_timeout=2.0)
 
     @property
     def url(self) -> str:
@@ -188,19 +206,23 @@ class Server:
     def pause(self) -> None:
         """Freeze it: it accepts connections and answers nothing."""
         os.kill(self.pid, signal.SIGSTOP)
+        self.paused = True
 
     def resume(self) -> None:
         """Let it go on after `pause`."""
         os.kill(self.pid, signal.SIGCONT)
+        self.paused = False
 
     def _launch(self, deadline: float) -> bool:
         """Start the process; say whether it came to answer before it ended."""
         options = ["--port", str(self._port), "--bind", "127.0.0.1", "--unixsocket", str(self.socket_path)]
         options += ["--unixsocketperm", "700", "--dir", str(self.directory), "--save", ""]
         options += ["--appendonly", "yes" if self.persistence else "no", "--enable-debug-command", "local"]
+        config = self._own / "server.conf"
+        config.touch()
         with (self._own / "server.log").open("ab") as log:
             self._process = subprocess.Popen(
-                [self.engine.binary, *options, *self.config_args],
+                [self.engine.binary, config, *options, *self.config_args],
                 cwd=self.directory,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -209,7 +231,7 @@ class Server:
             )
         # A shell waits on a pipe that only this process holds open, and cleans up when it breaks. (The kernel's
         # own PR_SET_PDEATHSIG would strike when the starting thread ends, not the process.)
-        clean_up = 'read -r _ || { kill -9 "$1"; rm -rf "$2"; }'
+        clean_up = 'read -r _ || { kill -9 "-$1"; rm -rf "$2"; }'
         self._guard = subprocess.Popen(
             ["/bin/sh", "-c", clean_up, "guard", str(self._process.pid), str(self._own)],
             stdin=subprocess.PIPE,
@@ -235,13 +257,15 @@ class Server:
     def _end(self, how: signal.Signals) -> None:
         process, guard = self._process, self._guard
         self._process = self._guard = None
-        if process is not None:
-            process.send_signal(how)
-            process.send_signal(signal.SIGCONT)  # a frozen one hears nothing else
-            try:
-                process.wait(_STOPPED_WITHIN_S)
-            except subprocess.TimeoutExpired:
-                process.kill()
+        self.paused = False
+        if process is not None and process.poll() is None:
+            if how is not signal.SIGKILL:
+                process.send_signal(how)
+                process.send_signal(signal.SIGCONT)  # a frozen one hears nothing else
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(_STOPPED_WITHIN_S)
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)  # its children too: one that saves outlives a crash
                 process.wait()
         if guard is not None:
             guard.communicate(b"done\n")
