@@ -58,18 +58,27 @@ def aim(fault: Fault, *names: str, times: int = 1) -> Plan:
 
 
 class FaultProxy:
-    """Forwards 127.0.0.1:`port` to `target_port`, asking `plan` about every command.
+    """Forwards `host`:`port` to 127.0.0.1:`target_port`, asking `plan` about every command.
 
     The plan is called in the proxy's thread, one command at a time. It may be replaced at any moment, as may
     `target_port` (for new connections) and `reset` (connections end with RST, not FIN).
-    `faults` counts what was carried out, by kind.
+    `faults` counts what was carried out, by kind. Unless set, the port is a free one.
     """
 
-    def __init__(self, target_port: int, plan: Plan | None = None, *, reset: bool = False) -> None:
+    def __init__(
+        self,
+        target_port: int,
+        plan: Plan | None = None,
+        *,
+        reset: bool = False,
+        host: str = "127.0.0.1",
+        port: int = 0,
+    ) -> None:
         self.target_port = target_port
         self.plan = plan or (lambda _: PASS)
         self.reset = reset
-        self.port = 0
+        self.host = host
+        self.port = port
         self.connections = 0
         self.faults: Counter[str] = Counter()
         self.errors: list[Exception] = []  # what a plan raised; the first is raised again on leaving
@@ -91,7 +100,7 @@ class FaultProxy:
 
     @property
     def url(self) -> str:
-        return f"redis://127.0.0.1:{self.port}/0"
+        return f"redis://{self.host}:{self.port}/0"
 
     def inject(self, fault: Fault, *names: str, times: int = 1) -> None:
         """Give the fault to the next `times` commands of these names; to scripts, if none is given."""
@@ -107,7 +116,7 @@ class FaultProxy:
 
     async def _main(self) -> None:
         self._loop, self._stopped = asyncio.get_running_loop(), asyncio.Event()
-        server = await asyncio.start_server(self._serve, "127.0.0.1", 0, limit=_CHUNK, backlog=1024)
+        server = await asyncio.start_server(self._serve, self.host, self.port, limit=_CHUNK, backlog=1024)
         self.port = server.sockets[0].getsockname()[1]
         self._ready.set()
         await self._stopped.wait()
