@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.support.servers import ENGINES, Server
-from tests.support.subjects import BACKENDS, Backend, LoopThread, Servers, Subject
+from tests.support.subjects import BACKENDS, CLUSTER, Backend, LoopThread, Servers, Subject
 
 SHELLS = ("sync", "asyncio")
 
@@ -34,15 +34,18 @@ def loop_thread() -> Iterator[LoopThread]:
 
 
 def _subject(servers: Servers, loop_thread: LoopThread, backend_name: str, shell: str) -> Iterator[Subject]:
-    engine = BACKENDS[backend_name]
-    backend = Backend.in_memory() if engine is None else Backend.of_server(servers.of(engine))
+    if backend_name == CLUSTER:
+        backend = Backend.of_cluster(servers.cluster)
+    else:
+        engine = BACKENDS[backend_name]
+        backend = Backend.in_memory() if engine is None else Backend.of_server(servers.of(engine))
     subject = Subject(backend, loop_thread if shell == "asyncio" else None)
     yield subject
     subject.close()
     backend.raw.close()
 
 
-@pytest.fixture(params=[f"{backend}-{shell}" for backend in BACKENDS for shell in SHELLS])
+@pytest.fixture(params=[f"{backend}-{shell}" for backend in (*BACKENDS, CLUSTER) for shell in SHELLS])
 def subject(request: pytest.FixtureRequest, servers: Servers, loop_thread: LoopThread) -> Iterator[Subject]:
     """Every backend × sync and asyncio."""
     backend, _, shell = request.param.rpartition("-")

@@ -227,8 +227,8 @@ def stored_time(subject: Subject, flow: Flow) -> bytes:
 
 def send(subject: Subject, call: Call, span_ms: int | None) -> Any:
     """Run a script by hand."""
-    raw: Any = subject.raw
-    source = call.script.plain if subject.backend.server is None else call.script.source
+    raw: Any = subject.backend.node_of(call.slot)
+    source = call.script.source if subject.backend.fake is None else call.script.plain
     return raw.execute_command(*call.command(source, span_ms, text=True))
 
 

@@ -334,8 +334,9 @@ def test_a_running_engine_wakes_for_the_next_due_time(flows: Any, engine: Any, s
 
 def test_a_running_engine_is_told_what_came_up_since(flows: Any, engine: Any, subject: Subject) -> None:
     """However long it means to sleep: of a timer that is due sooner, and of a cancel request."""
+    channel = subject.keyspace.partitions[-1].due
     with subject.running(engine, 3600.0):
-        wait_until(partial(listeners, subject), description="the engine listens")
+        wait_until(partial(subject.listeners, channel), description="the engine listens")
         for _ in range(20):  # over the partitions
             flow = flow_in(flows, "waiting", wait=Timer(at=datetime.now(UTC) + timedelta(seconds=0.02)))
             wait_until(partial(is_in, flows, flow, "running"), description="the timer resumes its flow")
@@ -363,19 +364,13 @@ def test_only_a_wait_that_is_next_is_told(flows: Any, subject: Subject) -> None:
 def test_an_engine_listens_again(real_subject: Subject) -> None:
     """After its connection is gone."""
     subject = real_subject
-    flows = subject.manager()
+    flows, channel = subject.manager(), subject.keyspace.partitions[-1].due
     with subject.running(subject.engine(flows), 3600.0):
         for _ in range(3):
-            wait_until(partial(listeners, subject), description="the engine listens")
+            wait_until(partial(subject.listeners, channel), description="the engine listens")
             flow = flow_in(flows, "waiting", wait=Timer(at=datetime.now(UTC)))
             wait_until(partial(is_in, flows, flow, "running"), description="the timer resumes its flow")
             subject.raw.client_kill_filter(_type="pubsub")
-
-
-def listeners(subject: Subject) -> int:
-    """How many engines listen."""
-    ((_, count),) = subject.raw.pubsub_numsub(subject.keyspace.partitions[-1].due)
-    return int(count)
 
 
 def is_in(flows: Any, flow: Flow, status: str) -> bool:

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import tempfile
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
@@ -92,6 +93,7 @@ class Server:
         port: int | None = None,
         directory: Path | None = None,
         persistence: bool = True,
+        environment: Mapping[str, str] | None = None,
     ) -> None:
         """Describe a server; `start`, or entering the context, starts it.
 
@@ -101,10 +103,12 @@ class Server:
             port: instead of a free one.
             directory: where its data is, kept afterwards; instead of a temporary one.
             persistence: whether there is an append-only file.
+            environment: variables that the process has beside ours.
         """
         self.engine = engine
         self.config_args = config_args
         self.persistence = persistence
+        self._environment = {**os.environ, **(environment or {})}
         self._fixed_port = port
         self._port = port
         self._own = Path(tempfile.mkdtemp(prefix="rf-"))  # short: socket paths are
@@ -224,6 +228,7 @@ class Server:
             self._process = subprocess.Popen(
                 [self.engine.binary, config, *options, *self.config_args],
                 cwd=self.directory,
+                env=self._environment,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

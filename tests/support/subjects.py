@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 import secrets
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any, Self
+from functools import cached_property
+from typing import Any, Self
 from uuid import UUID
 
 import attrs
 import fakeredis
+import redis
 
 from redisflow import (
     AsyncFlowManager,
@@ -25,17 +27,16 @@ from redisflow import (
     WaitEngine,
     connection,
 )
-from redisflow.keys import DEFAULT_PARTITIONS, Keyspace
+from redisflow.keys import DEFAULT_PARTITIONS, SLOTS, Keyspace
+from tests.support.clusters import Cluster
 from tests.support.servers import ENGINES, Engine, Server
-
-if TYPE_CHECKING:
-    import redis
 
 _CALL_TIMEOUT_S = 60.0
 
 # The newest of each product: another Valkey would cost the suite a third of its time again.
 _NEWEST = {engine.is_valkey: engine for engine in sorted(ENGINES, key=lambda engine: engine.version)}
 BACKENDS = {"memory": None, **{engine.name: engine for engine in _NEWEST.values()}}
+CLUSTER = "cluster"  # of the first engine
 
 WHO: dict[str, Any] = {
     "controller_id": "kate/inbox",
@@ -117,13 +118,25 @@ class Backend:
     name: str
     url: str
     raw: redis.Redis
-    server: Server | None = None  # None: fakeredis
+    server: Server | None = None  # None: fakeredis, or a cluster
     fake: fakeredis.FakeServer | None = None
+    nodes: Sequence[redis.Redis] = ()
 
     @classmethod
     def of_server(cls, server: Server) -> Backend:
         """Wrap a running server."""
         return cls(server.engine.name, server.url, server.client(), server)
+
+    @classmethod
+    def of_cluster(cls, cluster: Cluster) -> Backend:
+        """Wrap a running cluster."""
+        port = cluster.nodes[0].server.port
+        raw: Any = redis.RedisCluster(host="127.0.0.1", port=port)
+        return cls(CLUSTER, cluster.url, raw, nodes=cluster.clients())
+
+    def node_of(self, slot: int) -> redis.Redis:
+        """A client of the node that has a slot."""
+        return self.nodes[slot * len(self.nodes) // SLOTS] if self.nodes else self.raw
 
     @classmethod
     def in_memory(cls) -> Backend:
@@ -145,6 +158,11 @@ class Servers:
 
     def __exit__(self, *failure: object) -> None:
         self._stack.close()
+
+    @cached_property
+    def cluster(self) -> Cluster:
+        """Three primaries, without replicas."""
+        return self._stack.enter_context(Cluster(ENGINES[0], replicas=0))
 
     def of(self, engine: Engine) -> Server:
         """Return the server of an engine."""
@@ -259,6 +277,11 @@ class Subject:
     def flow_key(self, flow_id: UUID) -> bytes:
         """The key of a flow's hash."""
         return self.keyspace.partition_of(flow_id).flow(str(flow_id).encode())
+
+    def listeners(self, channel: bytes) -> int:
+        """How many subscribe to a channel."""
+        counts = [client.pubsub_numsub(channel) for client in self.backend.nodes or [self.raw]]
+        return sum(int(count) for ((_, count),) in counts)
 
     def members(self, kind: str) -> dict[bytes, float]:
         """The `due` or `waiters` index, all partitions together."""
