@@ -14,6 +14,7 @@ from redis import exceptions as client_errors
 
 from redisflow.calls import Block, Lost, Packet, Primaries, Refusal, Reply
 from redisflow.errors import StorageError
+from redisflow.sentinel import ended
 from redisflow.wire import (
     CLIENT_ID,
     SETTLE_S,
@@ -128,8 +129,7 @@ class AsyncWire:
         """Close every connection, those in use once they are idle, and leave an embedded server."""
         self._closed = True
         if self._watching is not None:
-            self._watching.cancel()
-            await asyncio.gather(self._watching, return_exceptions=True)
+            await ended(self._watching)
         for client in self._endpoint.sentinels.asked if self._endpoint.sentinels else ():
             await client.aclose()
         await self._drop(self._idle)

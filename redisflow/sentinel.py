@@ -17,6 +17,7 @@ import redis.asyncio
 from redis import exceptions as client_errors
 
 _AGAIN_AFTER_S = 1.0
+_CANCEL_EVERY_S = 0.1
 _NEWS = ("+switch-master", "+promoted-slave")  # the second is heard first, from the Sentinel that leads the failover
 
 
@@ -74,10 +75,18 @@ class Watching:
 
     def close(self) -> None:
         """End."""
-        if not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._cancel)
-        self._thread.join()
+        while self._thread.is_alive():  # once may not be enough: an error on the way can take a cancellation's place
+            with suppress(RuntimeError):  # the loop has closed
+                self._loop.call_soon_threadsafe(self._cancel)
+            self._thread.join(_CANCEL_EVERY_S)
 
     def _cancel(self) -> None:
         for task in asyncio.all_tasks(self._loop):
             task.cancel()
+
+
+async def ended(watching: asyncio.Task[None]) -> None:
+    """End a watch in this event loop."""
+    while not watching.done():  # as above
+        watching.cancel()
+        await asyncio.wait({watching}, timeout=_CANCEL_EVERY_S)

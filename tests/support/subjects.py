@@ -34,8 +34,8 @@ from tests.support.servers import ENGINES, Engine, Server
 _CALL_TIMEOUT_S = 60.0
 
 # The newest of each product: another Valkey would cost the suite a third of its time again.
-_NEWEST = {engine.is_valkey: engine for engine in sorted(ENGINES, key=lambda engine: engine.version)}
-BACKENDS = {"memory": None, **{engine.name: engine for engine in _NEWEST.values()}}
+NEWEST = list({engine.is_valkey: engine for engine in sorted(ENGINES, key=lambda engine: engine.version)}.values())
+BACKENDS = {"memory": None, **{engine.name: engine for engine in NEWEST}}
 CLUSTER = "cluster"  # of the first engine
 
 WHO: dict[str, Any] = {
