@@ -53,7 +53,7 @@ class AsyncWire:
         self._idle_blocking: deque[Line] = deque()
         self._slots = asyncio.Semaphore(max_connections)
         self._replicas = Replicas(endpoint.socket_timeout_s)
-        self._era = 0
+        self._era, self._counted = 0, -1
         self._closed = False
         self._watching: asyncio.Task[None] | None = None
         if endpoint.sentinels is not None:
@@ -130,7 +130,8 @@ class AsyncWire:
         self._closed = True
         if self._watching is not None:
             await ended(self._watching)
-        for client in self._endpoint.sentinels.asked if self._endpoint.sentinels else ():
+        sentinels = self._endpoint.sentinels
+        for client in sentinels.clients if sentinels is not None and sentinels.own else ():
             await client.aclose()
         await self._drop(self._idle)
         await self._drop(self._idle_blocking)
@@ -149,6 +150,8 @@ class AsyncWire:
             await idle.pop().connection.disconnect(nowait=True)
 
     async def _exchange_over(self, idle: deque[Line], packet: Packet) -> list[Reply]:
+        if packet.confirm is not None and packet.confirm.replicas is None:
+            await self._count()
         line = idle.pop() if idle else await self._open()
         confirm = packet.confirm
         kills = line.kills(packet.again)
@@ -180,6 +183,20 @@ class AsyncWire:
         if self._closed:
             await self._drop(idle)
         return replies
+
+    async def _count(self) -> None:
+        """Ask the Sentinels how many replicas there are: in a failover the primary has lost sight of some."""
+        sentinels, era = self._endpoint.sentinels, self._era
+        if sentinels is None or self._counted == era:
+            return
+        counts = []
+        for client in sentinels.clients:
+            with suppress(client_errors.RedisError, OSError):
+                counts.append(len(await client.sentinel_slaves(sentinels.name)))
+        if not counts:
+            raise Lost("no Sentinel says how many replicas there are", sent=False)
+        self._replicas.expect(max(counts))
+        self._counted = era
 
     async def _open(self) -> Line:
         era = self._era

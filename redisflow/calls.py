@@ -197,12 +197,14 @@ class Confirm:
         flow_keys: those of the commands' flows. A resend that finds what its first attempt did writes nothing, and
             newer servers then wait for nothing: so there is a write of its own to wait for.
         asking: whether the node is to take it though the slot is still another's.
+        at_least: how many replicas the primary is known to have, where all are to be waited for.
     """
 
     replicas: int | None
     within_s: float
     flow_keys: Sequence[bytes] = ()
     asking: bool = False
+    at_least: int = 0
 
 
 class Unconfirmed(NamedTuple):

@@ -128,8 +128,9 @@ def _sentinels_of(pool: Any) -> Sentinels | None:
     """Those a client's pool asks for its primary."""
     if not isinstance(pool, SentinelConnectionPool | AsyncSentinelConnectionPool):
         return None
-    pools = [client.connection_pool for client in pool.sentinel_manager.sentinels]
-    return Sentinels(pool.service_name, [_sentinel_settings(each) for each in pools])
+    clients = pool.sentinel_manager.sentinels
+    settings = [_sentinel_settings(client.connection_pool) for client in clients]
+    return Sentinels(pool.service_name, settings, clients)
 
 
 def _sentinel_settings(pool: Any) -> dict[str, Any]:
@@ -236,7 +237,7 @@ def _sentinel(parts: SplitResult, *, is_async: bool) -> Endpoint:
         **settings,
     )
     endpoint = Endpoint.of_client(sentinel.master_for(name))
-    sentinels = endpoint.sentinels and attrs.evolve(endpoint.sentinels, asked=sentinel.sentinels)
+    sentinels = endpoint.sentinels and attrs.evolve(endpoint.sentinels, own=True)
     return attrs.evolve(endpoint, sentinels=sentinels)
 
 

@@ -28,12 +28,14 @@ class Sentinels:
     Attributes:
         name: what they call it.
         settings: how to connect to each.
-        asked: the clients that ask them for the primary, to be closed in the end where they are our own.
+        clients: redis-py's clients of them, of the manager's kind.
+        own: whether these are to be closed in the end.
     """
 
     name: str
     settings: Sequence[Mapping[str, Any]]
-    asked: Sequence[Any] = ()
+    clients: Sequence[Any]
+    own: bool = False
 
     async def watch(self, switched: Callable[[], Awaitable[None]]) -> None:
         """Listen to all of them, for ever: each adopts a new primary in its own time, and may be the next one asked."""

@@ -24,11 +24,13 @@ class Part(NamedTuple):
     Attributes:
         numbers: which of the packet's commands they are.
         asking: whether the node is to take them though the slot is still another's.
+        replicas: how many the node is known to have.
     """
 
     address: Address
     numbers: Sequence[int]
     asking: bool
+    replicas: int = 0
 
     def packet(self, whole: Packet) -> Packet:
         """The packet for the node."""
@@ -39,7 +41,7 @@ class Part(NamedTuple):
         confirm = whole.confirm
         if confirm is not None:
             flow_keys = [confirm.flow_keys[n] for n in self.numbers]
-            confirm = attrs.evolve(confirm, flow_keys=flow_keys, asking=self.asking)
+            confirm = attrs.evolve(confirm, flow_keys=flow_keys, asking=self.asking, at_least=self.replicas)
         return whole._replace(slots=slots, commands=commands, confirm=confirm)
 
     def place(self, replies: Sequence[Reply], into: list[Reply]) -> None:
@@ -105,7 +107,7 @@ class Topology:
                 continue
             parts.setdefault((owner, asking), []).append(number)
         for (address, asking), numbers in parts.items():
-            yield Part(address, numbers, asking)
+            yield Part(address, numbers, asking, max(0, self._nodes.get(address, 0)))
 
     def place(self, slot: int, again: Again | None) -> Part | None:
         """Where a single command goes."""

@@ -154,7 +154,11 @@ class Replicas:
 
     def wanted(self, confirm: Confirm) -> int:
         """How many to wait for."""
-        return self._seen if confirm.replicas is None else confirm.replicas
+        return max(self._seen, confirm.at_least) if confirm.replicas is None else confirm.replicas
+
+    def expect(self, count: int) -> None:
+        """Take in how many there are, connected or not."""
+        self._seen = max(1, count)
 
     def waiting(self, confirm: Confirm, wanted: int) -> list[tuple[bytes, ...]]:
         """The commands that wait for them."""
@@ -192,7 +196,7 @@ class Wire:
         self._max_connections = max_connections
         self._acquire_timeout_s = acquire_timeout_s
         self._replicas = Replicas(endpoint.socket_timeout_s)
-        self._era = 0
+        self._era, self._counted = 0, -1
         self._watching: Watching | None = None
         self._reset()
 
@@ -283,7 +287,8 @@ class Wire:
         self._closed = True
         if self._watching is not None:
             self._watching.close()
-        for client in self._endpoint.sentinels.asked if self._endpoint.sentinels else ():
+        sentinels = self._endpoint.sentinels
+        for client in sentinels.clients if sentinels is not None and sentinels.own else ():
             client.close()
         self._drop(self._idle)
         self._drop(self._idle_blocking)
@@ -296,6 +301,8 @@ class Wire:
             idle.pop().connection.disconnect()
 
     def _carry_over(self, idle: deque[Line], packet: Packet) -> Carrying:
+        if packet.confirm is not None and packet.confirm.replicas is None:
+            self._count()
         try:
             line = idle.pop()
         except IndexError:
@@ -332,6 +339,20 @@ class Wire:
         if self._closed:
             self._drop(idle)
         return replies
+
+    def _count(self) -> None:
+        """Ask the Sentinels how many replicas there are: in a failover the primary has lost sight of some."""
+        sentinels, era = self._endpoint.sentinels, self._era
+        if sentinels is None or self._counted == era:
+            return
+        counts = []
+        for client in sentinels.clients:
+            with suppress(client_errors.RedisError, OSError):
+                counts.append(len(client.sentinel_slaves(sentinels.name)))
+        if not counts:
+            raise Lost("no Sentinel says how many replicas there are", sent=False)
+        self._replicas.expect(max(counts))
+        self._counted = era
 
     def _open(self) -> Line:
         era = self._era

@@ -37,7 +37,7 @@ def parts(known: Topology, slots: list[int | None], *redirects: Refusal | None) 
 
 def test_a_packet_is_parted_by_owner_in_its_order() -> None:
     """One part for each node; what nobody has is in none."""
-    assert parts(topology(), [0, 9000, 8191, 16383, 8192]) == [Part(A, [0, 2], False), Part(B, [1, 4], False)]
+    assert parts(topology(), [0, 9000, 8191, 16383, 8192]) == [Part(A, [0, 2], False, 1), Part(B, [1, 4], False)]
 
 
 def test_any_node_that_takes_changes_will_do_for_no_slot() -> None:
@@ -60,7 +60,7 @@ def test_an_ask_is_for_that_command_alone() -> None:
     known = topology()
     again = [moved(5, "10.0.0.9:7005", "ASK"), None]
     known.learn(Again((), again))
-    assert parts(known, [5, 5], *again) == [Part(("10.0.0.9", 7005), [0], True), Part(A, [1], False)]
+    assert parts(known, [5, 5], *again) == [Part(("10.0.0.9", 7005), [0], True), Part(A, [1], False, 1)]
     assert known.owner(5) == A
 
 
@@ -108,12 +108,12 @@ def test_replies_are_put_where_they_belong() -> None:
     """Those to ASKING are dropped; a loss stands for each command of the part."""
     packet = Packet([5, 9000, 6], [(b"a",), (b"b",), (b"c",)], 1.0, confirm=Confirm(1, 1.0, [b"k1", b"k2", b"k3"]))
     replies: list[Any] = [None] * 3
-    part = Part(A, [0, 2], asking=True)
+    part = Part(A, [0, 2], asking=True, replicas=2)
     sent = part.packet(packet)
     assert list(sent.commands) == [(b"ASKING",), (b"a",), (b"ASKING",), (b"c",)]
     assert len(sent.slots) == 4
     assert sent.confirm is not None
-    assert (sent.confirm.flow_keys, sent.confirm.asking) == ([b"k1", b"k3"], True)
+    assert (sent.confirm.flow_keys, sent.confirm.asking, sent.confirm.at_least) == ([b"k1", b"k3"], True, 2)
     part.place([b"OK", 1, b"OK", 3], replies)
     lost = Lost("gone", sent=True)
     Part(B, [1], asking=False).lose(lost, replies)

@@ -187,7 +187,7 @@ def test_many_at_once_are_each_confirmed(flows: Any, group: Group) -> None:
     if isinstance(getattr(flows, "target", None), AsyncFlowManager):
 
         async def gathered() -> list[Flow]:
-            return await asyncio.gather(*(flows.target.create_managed(**WHO) for _ in range(200)))
+            return list(await asyncio.gather(*(flows.target.create_managed(**WHO) for _ in range(200))))
 
         made: list[Flow] = flows._thread.run(gathered())
     else:
