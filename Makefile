@@ -5,8 +5,9 @@ BIN    := .venv/bin
 READY  := .venv/.ready
 BENCH  := .venv/.ready-to-bench
 PEERS  := .venv-peers/.ready
+MINUTES ?= 40
 
-.PHONY: help demo test lint format cov bench clean
+.PHONY: help demo test lint format cov chaos bench clean
 .DEFAULT_GOAL := help
 
 help:    ## this list
@@ -32,6 +33,9 @@ format: $(READY)    ## rewrite the Python files to the style
 
 cov: $(READY)    ## every test, measured: branch coverage of redisflow, at least 95 %
 	@$(BIN)/python -m pytest --cov --cov-report=term --cov-fail-under=95
+
+chaos: $(READY)    ## 40 minutes of writers while things break: what is lost, doubled or out of order (MINUTES=, SEED=)
+	@$(BIN)/python -m tests.chaos --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))
 
 bench: $(BENCH) $(PEERS)    ## the speed of it all: a table, and JSON and pictures in benchmarks/results
 	@$(BIN)/python -m benchmarks --save

@@ -30,7 +30,7 @@ from redisflow.waits import AnyWait
 
 
 class AsyncFlowManager:
-    """Flows in one namespace of one server, for asyncio.
+    """Flows in one namespace of a server or a cluster, for asyncio.
 
     Belongs to the event loop it is first used in; safe to share between its tasks. Nothing is sent before the
     first use, or `async with`. A cancelled call may have been applied: calling again with the same `op_id`, chosen

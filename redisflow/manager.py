@@ -29,7 +29,7 @@ from redisflow.wire import Wire
 
 
 class FlowManager:
-    """Flows in one namespace of one server.
+    """Flows in one namespace of a server or a cluster.
 
     Safe to share between threads; after a fork the child opens connections of its own. Nothing is sent before
     the first use, or `with`. Every changing verb takes a Flow, a UUID or its text; with a Flow whose copy is
@@ -40,6 +40,7 @@ class FlowManager:
         InvalidData: bad input, before anything is sent; or stored bytes that make no sense.
         StorageError: the server cannot be reached or refuses; nothing was changed.
         OutcomeUnknown: a change may or may not have been applied before the deadline.
+        NotDurable: a change was applied, and fewer replicas confirmed it than `durability` asks for.
     """
 
     def __init__(self, client: redis.Redis | RedisCluster, prefix: str = "redisflow", **options: Any) -> None:
@@ -59,8 +60,8 @@ class FlowManager:
         """Use the server at a URL.
 
         Args:
-            url: `redis://`, `rediss://`, `unix://`, `redis+cluster://`, `rediss+cluster://`, `memory://`,
-                `embedded://`; by default `$REDISFLOW_URL`, or `redis://localhost:6379/0`.
+            url: `redis://`, `unix://`, `redis+cluster://`, `redis+sentinel://`, the same over TLS with `rediss`,
+                `memory://`, `embedded://`; by default `$REDISFLOW_URL`, or `redis://localhost:6379/0`.
             prefix: the namespace.
             **options: see `redisflow.settings.Settings`.
         """
