@@ -154,12 +154,16 @@ def test_a_client_of_sentinels_is_taken_as_it_is(group: Sentinels, loop_thread: 
     client = sentinel.master_for("flows")
     with FlowManager(client, prefix="taken") as flows:
         flow = flows.create_managed(**WHO)
-    client.close()
+    for one in (client, *sentinel.sentinels):
+        one.close()
 
     async def read() -> Flow | None:
         sentinel: Any = redis.asyncio.Sentinel(places)  # type: ignore[no-untyped-call]  # redis-py's
         client = sentinel.master_for("flows")
         async with AsyncFlowManager(client, prefix="taken") as flows:
-            return await flows.get(flow.id)
+            found = await flows.get(flow.id)
+        for one in (client, *sentinel.sentinels):
+            await one.aclose()
+        return found
 
     assert loop_thread.run(read()) == flow

@@ -79,7 +79,9 @@ class Sentinels:
         watching = [sentinel for sentinel in self.sentinels if sentinel.up]
         newest = max(watching, key=lambda sentinel: int(_ask(sentinel, "MASTER")["config-epoch"]))
         port = _primary_port(newest)
-        return next(server for server in self.servers if server.port == port)
+        found = [server for server in self.servers if server.port == port]
+        assert found, f"{port} is none of ours"
+        return found[0]
 
     def replicas(self) -> list[Server]:
         """Return the servers that run and are not the primary, whatever they take themselves for."""
