@@ -44,7 +44,12 @@ class AsyncClusterWire:
             Lost: no node could be asked where they belong.
         """
         slots = packet.slots
-        if packet.again is None and len(slots) == 1 and (wire := self._wire_of.get(slots[0])) is not None:
+        if (
+            packet.again is None
+            and packet.confirm is None
+            and len(slots) == 1
+            and (wire := self._wire_of.get(slots[0])) is not None
+        ):
             return wire.exchange(packet)
         return self._exchange(packet)
 

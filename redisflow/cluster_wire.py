@@ -30,18 +30,26 @@ class ClusterWire:
         self._lock = threading.Lock()
         self._looking = threading.Lock()
         self._looked_s = 0.0
+        self._wire_of: dict[int | None, Wire] = {}  # by slot, as long as the topology stays
 
     def exchange(self, packet: Packet) -> list[Reply]:
         """Send the commands of a packet to their nodes and read a reply for each.
 
         Raises:
-            Lost: no node could be asked where they belong.
+            Lost: no node could be asked where they belong, or the one node they belong to gave no reply.
         """
+        slots = packet.slots
+        if packet.again is None and len(slots) == 1 and packet.confirm is None:
+            wire = self._wire_of.get(slots[0])
+            if wire is not None:
+                return wire.exchange(packet)
         self._look(packet.again, packet.until_s)
         replies: list[Reply] = [uncovered(slot) for slot in packet.slots]
         # In one order, or two threads could each hold the last connection that the other waits for; and for the same
         # reason one connection to each node at a time.
-        parts = sorted(self._topology.parts(packet.slots, packet.again))
+        parts = sorted(self._topology.parts(slots, packet.again))
+        if len(slots) == 1 and parts and not parts[0].asking and slots[0] is not None:
+            self._wire_of[slots[0]] = self._at(parts[0].address)
         for asking in (False, True):
             self._carry([part for part in parts if part.asking is asking], packet, replies)
         return replies
@@ -97,6 +105,7 @@ class ClusterWire:
         with self._lock:
             wires = list(self._wires.values())
             self._wires.clear()
+            self._wire_of.clear()
         for wire in wires:
             wire.close()
 
@@ -115,6 +124,7 @@ class ClusterWire:
         """
         if again is not None:
             self._topology.learn(again)
+            self._wire_of.clear()
         if again is None and self._topology.known:
             return
         asked_s = time.monotonic()
@@ -140,6 +150,7 @@ class ClusterWire:
         raise failure
 
     def _drop_the_gone(self) -> None:
+        self._wire_of.clear()
         with self._lock:
             gone = [self._wires.pop(address) for address in self._wires.keys() - self._topology.nodes()]
         for wire in gone:
