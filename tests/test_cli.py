@@ -54,6 +54,11 @@ class Shell:
     def start(self, *args: str, env: dict[str, str] | None = None, **streams: Any) -> subprocess.Popen[str]:
         command = [sys.executable, "-m", "redisflow", "--url", self.url, "--prefix", self.prefix, *args]
         defaults = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        # A shell that starts tests in the background has them ignore interrupts, and so would this process.
+        heeding = (
+            "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.argv[1], sys.argv[1:])"
+        )
+        command = [sys.executable, "-c", heeding, *command]
         return subprocess.Popen(command, text=True, env=env or _environment(), **defaults | streams)
 
     def run(self, *args: str) -> Ran:
