@@ -16,14 +16,14 @@ import redis.asyncio
 from redis.asyncio.cluster import RedisCluster
 
 from redisflow.aio_cluster_wire import AsyncClusterWire
-from redisflow.aio_link import AsyncLink, AsyncLinkView, drive
+from redisflow.aio_link import AsyncLink, drive
 from redisflow.aio_wire import AsyncWire
 from redisflow.calls import Call, Lost, Op, Pages, T
 from redisflow.connection import ClusterEndpoint, Endpoint, endpoint_of, taken_from, url_of
 from redisflow.delivery import TROUBLES, first_attempt, go_on
 from redisflow.diagnosis import Diagnosis
 from redisflow.flow import Flow, FlowEvent, FlowRef, FlowStatus, FlowStep, NewFlow, StepObservation, StepRuntime
-from redisflow.link import view_of
+from redisflow.link import LinkView, view_of
 from redisflow.ops import batches, changes, creation, doctor, follow, reads, records, rewriting, upkeep
 from redisflow.settings import Settings
 from redisflow.waits import AnyWait
@@ -62,7 +62,7 @@ class AsyncFlowManager:
 
     def _set_up(self, endpoint: Callable[[], Awaitable[Endpoint | ClusterEndpoint]], settings: Settings) -> None:
         self.namespace = settings.namespace()
-        self._link: AsyncLink | AsyncLinkView = AsyncLink(endpoint, settings)
+        self._link: AsyncLink | LinkView = AsyncLink(endpoint, settings)
         self._is_view = False
 
     # --- carrying out operations ---

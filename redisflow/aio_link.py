@@ -11,6 +11,7 @@ from redisflow.aio_wire import AsyncWire
 from redisflow.calls import Block, Lost, Packet, Primaries, T
 from redisflow.connection import ClusterEndpoint, Endpoint
 from redisflow.delivery import Policy, Step, deliver
+from redisflow.link import LinkView
 from redisflow.ops import upkeep
 from redisflow.ops.namespace import Namespace
 from redisflow.settings import Settings
@@ -65,40 +66,9 @@ class AsyncLink:
         if wire is not None:
             await wire.close()
 
-    def confirming(self, durability: str) -> AsyncLinkView:
+    def confirming(self, durability: str) -> LinkView:
         """The same connection, with changes that wait for other replicas."""
-        return AsyncLinkView(self, durability)
-
-
-class AsyncLinkView:
-    """The same connection, with changes that wait for other replicas."""
-
-    def __init__(self, link: AsyncLink, durability: str) -> None:
-        """Share a link."""
-        link.settings.confirming(Policy(0.0), durability)  # refuses what is none
-        self._link = link
-        self._durability = durability
-
-    @property
-    def wire(self) -> AsyncWire | AsyncClusterWire | None:
-        """The link's."""
-        return self._link.wire
-
-    @property
-    def policy(self) -> Policy:
-        """The link's, but for what changes wait for."""
-        return self._link.settings.confirming(self._link.policy, self._durability)
-
-    async def connect(self, namespace: Namespace) -> AsyncWire | AsyncClusterWire:
-        """Connect the link."""
-        return await self._link.connect(namespace)
-
-    async def close(self) -> None:
-        """Leave the link open: it is another's."""
-
-    def confirming(self, durability: str) -> AsyncLinkView:
-        """The same connection, with changes that wait for others again."""
-        return AsyncLinkView(self._link, durability)
+        return LinkView(self, durability)
 
 
 async def drive(wire: AsyncWire | AsyncClusterWire, steps: Generator[Step, Any, T]) -> T:

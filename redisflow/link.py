@@ -73,30 +73,31 @@ class Link:
 
 
 class LinkView:
-    """The same connection, with changes that wait for other replicas."""
+    """A link, of either kind, with changes that wait for other replicas. It is never closed: it is another's."""
 
-    def __init__(self, link: Link, durability: str) -> None:
+    def __init__(self, link: Any, durability: str) -> None:
         """Share a link."""
         link.settings.confirming(Policy(0.0), durability)  # refuses what is none
         self._link = link
         self._durability = durability
 
     @property
-    def wire(self) -> Wire | ClusterWire | None:
+    def wire(self) -> Any:
         """The link's."""
         return self._link.wire
 
     @property
     def policy(self) -> Policy:
         """The link's, but for what changes wait for."""
-        return self._link.settings.confirming(self._link.policy, self._durability)
+        policy: Policy = self._link.settings.confirming(self._link.policy, self._durability)
+        return policy
 
-    def connect(self, namespace: Namespace) -> Wire | ClusterWire:
+    def connect(self, namespace: Namespace) -> Any:
         """Connect the link."""
         return self._link.connect(namespace)
 
-    def close(self) -> None:
-        """Leave the link open: it is another's."""
+    def close(self) -> Any:
+        """Leave the link open: a view closes nothing."""
 
     def confirming(self, durability: str) -> LinkView:
         """The same connection, with changes that wait for others again."""

@@ -161,7 +161,9 @@ def test_a_torn_file_that_is_written_anew_loses_whole_changes(engine: Engine) ->
         written = file.read_bytes()
         file.write_bytes(written[: written.rfind(b"XADD") + 2])
         server.start()
-        assert (flows.get(flow.id).revision, flows.get(flow.id).state["n"]) == (3, 2)  # type: ignore[union-attr]
+        (left,) = flows.get_many([flow.id])
+        assert left is not None
+        assert (left.revision, left.state["n"]) == (3, 2)
         server.raw.bgrewriteaof()
         wait_until(
             lambda: server.raw.info("persistence")["aof_rewrite_in_progress"] == 0 and _bases(server) != {1},

@@ -6,6 +6,7 @@ A stage is a context. Its faults are contexts too: entered, something is broken;
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
@@ -49,7 +50,7 @@ _NETWORK = {
 }
 
 
-class Stage:
+class Stage(ABC):
     """What they have in common.
 
     Attributes:
@@ -79,20 +80,20 @@ class Stage:
     def __exit__(self, *failure: object) -> None:
         self.stack.close()
 
+    @abstractmethod
     def start(self) -> None:
         """Start what there is."""
-        raise NotImplementedError
 
+    @abstractmethod
     def faults(self) -> dict[str, Callable[[Random], Broken]]:
         """What can break, by name."""
-        raise NotImplementedError
 
-    def await_healthy(self) -> None:
+    def await_healthy(self) -> None:  # noqa: B027 - a lone server is well as soon as it has started
         """Wait until nothing is broken any more."""
 
+    @abstractmethod
     def clients(self) -> Sequence[redis.Redis]:
         """A client of each server that takes changes."""
-        raise NotImplementedError
 
     def killed(self, server: Server) -> None:
         """Kill a server."""
