@@ -27,7 +27,8 @@ if found_created_at ~= created_at then
   -- The caller saw it before its first attempt: gone by a resend, that attempt deleted it.
   return {string.find(look, '%d') and 'OK' or found_created_at and 'MOVED' or 'ABSENT'}
 end
-if expected ~= '' and expected ~= revision and expected ~= (revision or '') .. ' ' .. (etag or '') then
+local version = (etag or '') .. ' ' .. (updated_at or '')
+if expected ~= '' and expected ~= revision and expected ~= (revision or '') .. ' ' .. version then
   return {'STALE', revision or '0'}
 end
 if terminal ~= '' then

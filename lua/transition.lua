@@ -29,7 +29,7 @@
 -- ARGV  1 op              id of this operation: becomes the flow's etag, stands in the event
 --       2 conditions      '' or '<look>|<expected>|<owner>', see include/conditions.lua and docs/layout.md
 --       3 flow_id
---       4 held_etag       etag of the caller's copy, '' for none
+--       4 held            etag and updated_at of the caller's copy, with a space between; '' for none
 --       5 next_revision   one more than the revision of the caller's copy
 --       6 payload         of the event; then the prelude's, then fields
 -- REPLY updated_at, or OK updated_at event_id   applied, and the caller's copy was current
@@ -40,7 +40,7 @@
 --       NOT_INTEGER field | NOT_MAPPING | CORRUPT field
 local call = redis.call
 local flow_key, events_key = KEYS[1], KEYS[2]
-local op, conditions, flow_id, held_etag, next_revision, payload = unpack(ARGV, 1, 6)
+local op, conditions, flow_id, held, next_revision, payload = unpack(ARGV, 1, 6)
 
 local look, expected = '', ''
 if conditions ~= '' then
@@ -51,9 +51,11 @@ if conditions ~= '' then
     return {'ABSENT'}
   end
 end
--- An etag names one version of a flow: where the stored one is the caller's, what the copy says is so.
-local etag = call('HGET', flow_key, 'etag')
-local current = etag == held_etag and etag ~= ''
+-- An etag names one version of a flow: where the stored one is the caller's, what the copy says is so. With the time,
+-- because an operation may have been applied twice, to what a failover lost and to what it kept.
+local etag, changed_at = unpack(call('HMGET', flow_key, 'etag', 'updated_at'), 1, 2)
+local version = (etag or '') .. ' ' .. (changed_at or '')
+local current = version == held
 local status, cancel_requested, revision = COPY_STATUS, '0', nil
 if not current or not COPY_STATUS or conditions ~= '' then
   local stored = call('HMGET', flow_key, 'status', 'cancel_requested', 'revision')
@@ -85,7 +87,7 @@ if conditions ~= '' or etag == op then
       return {'UNKNOWN'}
     end
   end
-  if expected ~= '' and expected ~= revision and expected ~= revision .. ' ' .. (etag or '') then
+  if expected ~= '' and expected ~= revision and expected ~= revision .. ' ' .. version then
     return {'STALE', revision}
   end
 end

@@ -32,7 +32,7 @@ class Call:
         flow_id: the flow it is about.
         op_id: the operation's id.
         look: `deep` where the caller brought the op, so that even a first attempt looks for it.
-        expected: what the stored flow must be: `<revision>` or `<revision> <etag>`; empty for anything.
+        expected: what the stored flow must be: `<revision>` or `<revision> <etag> <updated_at>`; empty for anything.
         owner: to whom the caller is bound: the script takes another's flow for none. Empty for everybody's.
         narrow: it has just the keys for the status of the caller's copy, and is answered OTHER_KEYS in another.
     """

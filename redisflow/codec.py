@@ -279,9 +279,9 @@ class StoredFlow:
         return int(self.fields[b"revision"])
 
     @property
-    def etag(self) -> bytes:
-        """The operation that made this version."""
-        return self.fields[b"etag"]
+    def version(self) -> bytes:
+        """What names this version among all, those a failover has lost too: the operation that made it, and when."""
+        return b"%b %b" % (self.fields[b"etag"], self.fields.get(b"updated_at", b""))
 
     def read(self, name: str) -> Any:
         """Decode the attribute `name`.

@@ -150,7 +150,7 @@ class Flow:
     Attributes:
         wait: the wire mapping of what a waiting flow waits for, else `None`; `condition` is it parsed.
         revision: 0 at creation, one more at every change.
-        etag: the id of the operation that made this version; unlike a revision, never used twice.
+        etag: the id of the operation that made this version; unlike a revision, never another's.
         created_at, updated_at: the server's time, UTC, to the microsecond.
     """
 

@@ -11,7 +11,8 @@ local function audit_guard(flow_key, events_key, op, kind, conditions)
       return nil, {'ABSENT'}
     end
   end
-  local revision, etag = unpack(redis.call('HMGET', flow_key, 'revision', 'etag'), 1, 2)
+  local stored = redis.call('HMGET', flow_key, 'revision', 'etag', 'updated_at')
+  local revision, etag, changed_at = unpack(stored, 1, 3)
   if not revision then
     return nil, {redis.call('EXISTS', flow_key) == 0 and 'ABSENT' or 'CORRUPT', 'revision'}
   end
@@ -26,7 +27,8 @@ local function audit_guard(flow_key, events_key, op, kind, conditions)
       return nil, {'UNKNOWN'}
     end
   end
-  if expected ~= '' and expected ~= revision and expected ~= revision .. ' ' .. (etag or '') then
+  local version = (etag or '') .. ' ' .. (changed_at or '')
+  if expected ~= '' and expected ~= revision and expected ~= revision .. ' ' .. version then
     return nil, {'STALE', revision}
   end
   return revision

@@ -113,10 +113,10 @@ class Transition:
         """The script call: with just the keys for the status of the caller's copy, or with all."""
         change, verb = self.change, self.verb
         flow_id, member, base = self.target
-        etag, copy_status = b"", None
+        held_version, copy_status = b"", None
         if base is not None:
             held = base.fields
-            etag = held[b"etag"]
+            held_version = base.version
             self.next_revision = b"%d" % (int(held[b"revision"]) + 1)
             if narrow and held.get(b"cancel_requested", b"0") == b"0":
                 copy_status = held[b"status"]
@@ -125,7 +125,7 @@ class Transition:
         scripts = namespace.appending.transitions
         script = scripts.get((verb, copy_status)) or scripts[verb, None]
         partition = namespace.keyspace.partition_of(flow_id)
-        args = [member, etag, self.next_revision, self.payload]
+        args = [member, held_version, self.next_revision, self.payload]
         for name in verb.takes:
             args.append(getattr(change, name))  # noqa: PERF401 - mostly one: a comprehension costs more
         if change.unset or change.increments:

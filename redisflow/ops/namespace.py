@@ -225,7 +225,7 @@ def expectation(target: Target, revision: object) -> bytes:
     """What the stored flow must be, as the scripts compare it; empty for anything.
 
     Revision numbers are used again after a failover that lost writes, so a compare with a version the caller
-    holds is with its etag too.
+    holds is with all that names it.
     """
     if revision is None:
         return b""
@@ -233,7 +233,7 @@ def expectation(target: Target, revision: object) -> bytes:
     if number < 0:
         raise InvalidData(f"expected_revision must be 0 or more, not {number}")
     base = target.base
-    return b"%d" % number if base is None or base.revision != number else b"%d %b" % (number, base.etag)
+    return b"%d" % number if base is None or base.revision != number else b"%d %b" % (number, base.version)
 
 
 def raise_refusal(

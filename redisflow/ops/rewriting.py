@@ -10,6 +10,7 @@ import attrs
 from redisflow.calls import Call
 from redisflow.codec import (
     WHOLE_STATE,
+    StoredFlow,
     event_time,
     pack,
     unpack,
@@ -40,7 +41,7 @@ from redisflow.ops.namespace import (
     whole_number,
 )
 from redisflow.ops.reads import get
-from redisflow.waits import require_name
+from redisflow.waits import require_aware, require_name, to_us
 
 _IDENTITY = ("id", "controller_id", "goal", "owner_session_key", "requester_origin", "created_at")
 
@@ -60,7 +61,7 @@ def update_and_append(
     require_name("kind", kind)
     target = target_of(flow)
     revision = whole_number("flow.revision", flow.revision)
-    expected = b"%d %b" % (revision, require_name("flow.etag", flow.etag))
+    expected = b"%d %b" % (revision, _version(flow, target))
     asked = revision if expected_revision is None else whole_number("expected_revision", expected_revision)
     if asked != revision:
         expected = b"%d -" % asked  # no version of a flow is both: the script refuses
@@ -91,6 +92,19 @@ def update_and_append(
     )
 
 
+def _version(flow: Flow, target: Target) -> bytes:
+    """What names the version that `flow` is of, as the scripts compare it."""
+    etag, base = require_name("flow.etag", flow.etag), target.base
+    if base is not None and _is_of(base, flow):
+        return base.version
+    return b"%b %d" % (etag, to_us(require_aware("flow.updated_at", flow.updated_at)))
+
+
+def _is_of(base: StoredFlow, flow: Flow) -> bool:
+    """Whether a flow that the caller may have altered is still of the version it was read as."""
+    return base.fields[b"etag"] == flow.etag.encode() and base.revision == flow.revision
+
+
 def _rewriting(flow: Flow, target: Target) -> Change:
     """The change that makes the stored flow what `flow` is."""
     base = target.base
@@ -108,8 +122,7 @@ def _rewriting(flow: Flow, target: Target) -> Change:
         change.fields[b"cancel_requested"] = b"1"
         change = attrs.evolve(change, wake=b"1")
     _, state = state_fields("state", flow.state)
-    current = base is not None and base.etag == flow.etag.encode() and base.revision == flow.revision
-    if base is not None and current and WHOLE_STATE not in base.fields and WHOLE_STATE not in state:
+    if base is not None and _is_of(base, flow) and WHOLE_STATE not in base.fields and WHOLE_STATE not in state:
         # The compare makes sure that the base is what is stored: send what differs from it.
         old = {field: value for field, value in base.fields.items() if is_state(field)}
         change.fields.update({field: value for field, value in state.items() if old.get(field) != value})

@@ -158,6 +158,39 @@ def test_a_compare_with_a_flow_is_with_its_etag_too(flows: Any, subject: Subject
     assert flows.finish(mine.id, expected_revision=mine.revision).revision == 2
 
 
+def made_again(subject: Subject, flow: Flow, **fields: Any) -> None:
+    """Let a flow be what it would be, had a failover lost its last change and a resend made that again."""
+    again_at = int(flow.updated_at.timestamp() * 1_000_000) + 5_000_000
+    for name, value in {"updated_at": again_at, **fields}.items():
+        subject.raw.hset(subject.flow_key(flow.id), name, value)
+
+
+def test_a_compare_with_a_flow_is_with_its_time_too(flows: Any, subject: Subject) -> None:
+    """The same change under the same number is another version, if it was made again upon other changes."""
+    mine = flow_in(flows, "running")
+    made_again(subject, mine, **{"s:other": 1})
+    for attempt in (
+        lambda: flows.finish(mine, expected_revision=mine.revision),
+        lambda: flows.update_and_append(mine, "note"),
+        lambda: flows.append_event(mine, "note", expected_revision=mine.revision),
+        lambda: flows.delete(mine, expected_revision=mine.revision),
+    ):
+        refused(subject, RevisionMismatch, attempt)
+    assert flows.finish(mine.id, expected_revision=mine.revision).state["other"] == 1
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_copy_of_what_a_failover_lost_is_not_current(flows: Any, subject: Subject, verb: str) -> None:
+    """Though its last change was made again and the etag is the same: what comes back is what is stored."""
+    held = flow_in(flows, source_of(verb))
+    made_again(subject, held, revision=7, **{"s:other": 1})
+    after = VERBS[verb](flows, held)
+    assert after.revision == 8
+    assert after.state["other"] == 1
+    assert after == flows.get(held)
+    assert list(flows.iter_events(held))[-1].revision == 8
+
+
 # --- the same order for the primitive ------------------------------------------------------------------
 
 

@@ -1,0 +1,111 @@
+"""One answer for all who ask at a time, which the field calls single flight: a crowd is one question to a server.
+
+Nobody gets an answer that was under way before they asked, because it may be out of date.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import threading
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any, Generic, TypeVar
+
+from redisflow.calls import Lost
+
+T = TypeVar("T")
+
+
+class _Latest(Generic[T]):
+    """The latest outcome, and when it was asked for."""
+
+    def __init__(self, slack_s: float) -> None:
+        self._slack_s = slack_s
+        self._asked_s = -math.inf
+        self._outcome: T | Exception
+
+    def wanted_since(self) -> float:
+        """The moment an answer must have been asked for, for who comes now."""
+        return time.monotonic() - self._slack_s
+
+    def serves(self, since_s: float) -> bool:
+        """Whether it was asked for since then."""
+        return self._asked_s >= since_s
+
+    def note(self, asked_s: float, outcome: T | Exception) -> None:
+        """Take in an outcome."""
+        self._asked_s, self._outcome = asked_s, outcome
+
+    def result(self) -> T:
+        """The answer, or the failure, raised."""
+        if isinstance(self._outcome, Exception):
+            raise self._outcome
+        return self._outcome
+
+
+class SingleFlight(Generic[T]):
+    """Asks for many threads."""
+
+    def __init__(self, ask: Callable[..., T], *, slack_s: float = 0.0) -> None:
+        """Ask by calling `ask`, and serve with its answer who comes up to `slack_s` seconds later, too."""
+        self._ask = ask
+        self._latest = _Latest[T](slack_s)
+        self._lock = threading.Lock()
+
+    def __call__(self, until_s: float, *args: Any) -> T:
+        """An answer asked for since this call, at the latest at `until_s`.
+
+        Raises:
+            Lost: others were still asking by then.
+        """
+        latest, since_s = self._latest, self._latest.wanted_since()
+        left_s = until_s - time.monotonic()
+        if not self._lock.acquire(timeout=min(max(left_s, 0.0), threading.TIMEOUT_MAX)):
+            raise _late()
+        try:
+            if not latest.serves(since_s):
+                asked_s = time.monotonic()
+                try:
+                    latest.note(asked_s, self._ask(*args))
+                except Exception as error:  # noqa: BLE001 - raised below, for all who wait
+                    latest.note(asked_s, error)
+            return latest.result()
+        finally:
+            self._lock.release()
+
+
+class AsyncSingleFlight(Generic[T]):
+    """Asks for many tasks."""
+
+    def __init__(self, ask: Callable[..., Awaitable[T]], *, slack_s: float = 0.0) -> None:
+        """Ask as `SingleFlight` does."""
+        self._ask = ask
+        self._latest = _Latest[T](slack_s)
+        self._lock = asyncio.Lock()
+
+    async def __call__(self, until_s: float, *args: Any) -> T:
+        """An answer asked for since this call, at the latest at `until_s`.
+
+        Raises:
+            Lost: none came by then.
+        """
+        latest, since_s = self._latest, self._latest.wanted_since()
+        deadline = asyncio.timeout(until_s - time.monotonic())
+        try:
+            async with deadline, self._lock:
+                if not latest.serves(since_s):
+                    asked_s = time.monotonic()
+                    try:
+                        latest.note(asked_s, await self._ask(*args))
+                    except Exception as error:  # noqa: BLE001 - raised below, for all who wait
+                        latest.note(asked_s, error)
+                return latest.result()
+        except TimeoutError:
+            if deadline.expired():
+                raise _late() from None
+            raise
+
+
+def _late() -> Lost:
+    return Lost("the deadline passed before it was known where to send it", sent=False)
