@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Awaitable, Sequence
 from functools import partial
@@ -10,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from redisflow.aio_wire import AsyncWire
 from redisflow.calls import Again, Block, Lost, Packet, Primaries, Refusal, Reply
-from redisflow.cluster_wire import LOOK_EVERY_S
+from redisflow.cluster_wire import ANSWER_WITHIN_S, LOOK_EVERY_S
+from redisflow.singleflight import AsyncSingleFlight
 from redisflow.topology import SLOTS_COMMAND, Address, Part, Topology, no_cluster, uncovered
 
 try:
@@ -20,8 +22,6 @@ except ImportError:  # it is made of hiredis, for which this machine has no whee
 
 if TYPE_CHECKING:
     from redisflow.connection import ClusterEndpoint, Endpoint
-
-_ANSWER_WITHIN_S = 1.0  # or another node is asked who has what
 
 
 class AsyncClusterWire:
@@ -34,8 +34,7 @@ class AsyncClusterWire:
         self._topology = Topology(cluster.seeds, cluster.remap)
         self._wires: dict[Address, AsyncWire] = {}
         self._wire_of: dict[int | None, AsyncWire] = {}  # by slot, as long as the topology stays
-        self._looking = asyncio.Lock()
-        self._looked_s = 0.0
+        self._looking = AsyncSingleFlight[None](self._ask_around, slack_s=LOOK_EVERY_S)
 
     def exchange(self, packet: Packet) -> Awaitable[list[Reply]]:
         """Send the commands of a packet to their nodes and read a reply for each.
@@ -54,7 +53,7 @@ class AsyncClusterWire:
         return self._exchange(packet)
 
     async def _exchange(self, packet: Packet) -> list[Reply]:
-        await self._look(packet.again)
+        await self._look(packet.again, packet.until_s)
         replies: list[Reply] = [uncovered(slot) for slot in packet.slots]
         parts = list(self._topology.parts(packet.slots, packet.again))
         if len(packet.slots) == 1 and parts and not parts[0].asking and packet.slots[0] is not None:
@@ -113,7 +112,7 @@ class AsyncClusterWire:
             wire = self._wires[address] = self._wire_to(self._cluster.endpoint_at(address))
         return wire
 
-    async def _look(self, again: Again | None) -> None:
+    async def _look(self, again: Again | None, until_s: float = math.inf) -> None:
         """Ask who has what, if nothing is known or what is known did not serve.
 
         Raises:
@@ -124,18 +123,13 @@ class AsyncClusterWire:
             self._wire_of.clear()
         elif self._topology.known:
             return
-        asked_s = time.monotonic()
-        async with self._looking:
-            if self._topology.known and self._looked_s > asked_s - LOOK_EVERY_S:
-                return
-            await self._ask_around(again)
-            self._looked_s = time.monotonic()
+        await self._looking(until_s, again)
 
     async def _ask_around(self, again: Again | None) -> None:
         failure = Lost("no node of the cluster answers", sent=False)
         for address in self._topology.informants(again):
             try:
-                packet = Packet((None,), (SLOTS_COMMAND,), time.monotonic() + _ANSWER_WITHIN_S)
+                packet = Packet((None,), (SLOTS_COMMAND,), time.monotonic() + ANSWER_WITHIN_S)
                 (reply,) = await self._at(address).exchange(packet)
             except Lost as lost:
                 failure = Lost(f"no node of the cluster answers: {lost}", sent=False, lasting=lost.lasting)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
+import math
 from collections.abc import Awaitable, Callable, Generator
 from typing import Any
 
@@ -15,6 +15,7 @@ from redisflow.link import LinkView
 from redisflow.ops import upkeep
 from redisflow.ops.namespace import Namespace
 from redisflow.settings import Settings
+from redisflow.singleflight import AsyncSingleFlight
 
 
 class AsyncLink:
@@ -33,32 +34,32 @@ class AsyncLink:
         self.wire: AsyncWire | AsyncClusterWire | None = None
         self._endpoint = endpoint
         self.settings = settings
-        self._connecting: asyncio.Lock | None = None
+        self._connecting: AsyncSingleFlight[AsyncWire | AsyncClusterWire] | None = None
 
     async def connect(self, namespace: Namespace) -> AsyncWire | AsyncClusterWire:
         """Connect, unless that is done, and check the server and the namespace."""
         if self._connecting is None:
-            self._connecting = asyncio.Lock()
-        async with self._connecting:
-            if self.wire is None:
-                endpoint, settings = await self._endpoint(), self.settings
-                wire = wire_to(
-                    endpoint, max_connections=settings.max_connections, acquire_timeout_s=settings.deadline_s
-                )
-                self.policy = settings.policy(real_server=endpoint.real_server, cluster=endpoint.is_cluster)
-                check = upkeep.connect(
-                    namespace,
-                    real_server=endpoint.real_server,
-                    allow_eviction=settings.allow_eviction,
-                    confirms=self.policy.confirm is not None,
-                )
-                try:
-                    await drive(wire, deliver(check, self.policy))
-                except BaseException:
-                    await wire.close()
-                    raise
-                self.wire = wire
-            return self.wire
+            self._connecting = AsyncSingleFlight(self._connect)
+        return await self._connecting(math.inf, namespace)
+
+    async def _connect(self, namespace: Namespace) -> AsyncWire | AsyncClusterWire:
+        if self.wire is None:
+            endpoint, settings = await self._endpoint(), self.settings
+            wire = wire_to(endpoint, max_connections=settings.max_connections, acquire_timeout_s=settings.deadline_s)
+            self.policy = settings.policy(real_server=endpoint.real_server, cluster=endpoint.is_cluster)
+            check = upkeep.connect(
+                namespace,
+                real_server=endpoint.real_server,
+                allow_eviction=settings.allow_eviction,
+                confirms=self.policy.confirm is not None,
+            )
+            try:
+                await drive(wire, deliver(check, self.policy))
+            except BaseException:
+                await wire.close()
+                raise
+            self.wire = wire
+        return self.wire
 
     async def close(self) -> None:
         """Close the connections. The next may be opened in another event loop."""

@@ -15,6 +15,7 @@ from redis import exceptions as client_errors
 from redisflow.calls import Block, Lost, Packet, Primaries, Refusal, Reply
 from redisflow.errors import StorageError
 from redisflow.sentinel import ended
+from redisflow.singleflight import AsyncSingleFlight
 from redisflow.wire import (
     CLIENT_ID,
     SETTLE_S,
@@ -22,8 +23,8 @@ from redisflow.wire import (
     Replicas,
     are_permitted,
     blocking,
+    counted,
     is_refusal,
-    judged,
     no_reply,
     not_sent,
     packed,
@@ -54,6 +55,8 @@ class AsyncWire:
         self._slots = asyncio.Semaphore(max_connections)
         self._replicas = Replicas(endpoint.socket_timeout_s)
         self._era, self._counted = 0, -1
+        self._finding = AsyncSingleFlight[Any](self._find)
+        self._counting = AsyncSingleFlight[None](self._count)
         self._closed = False
         self._watching: asyncio.Task[None] | None = None
         if endpoint.sentinels is not None:
@@ -100,7 +103,7 @@ class AsyncWire:
         Raises:
             Lost: the connection failed.
         """
-        line = await self._open()
+        line = await self._open(time.monotonic() + self._endpoint.socket_timeout_s)
         permitted = False
         try:
             permitted = are_permitted(await _roundtrip(line.connection, subscribing(channels)))
@@ -150,25 +153,22 @@ class AsyncWire:
             await idle.pop().connection.disconnect(nowait=True)
 
     async def _exchange_over(self, idle: deque[Line], packet: Packet) -> list[Reply]:
-        if packet.confirm is not None and packet.confirm.replicas is None:
-            await self._count()
-        line = idle.pop() if idle else await self._open()
         confirm = packet.confirm
+        if confirm is not None and confirm.replicas is None and self._counted != self._era:
+            await self._counting(packet.until_s)
+        line = idle.pop() if idle else await self._open(packet.until_s)
         kills = line.kills(packet.again)
-        wanted = 0 if confirm is None else self._replicas.wanted(confirm)
-        tail = [] if confirm is None else self._replicas.waiting(confirm, wanted)
+        wait = None if confirm is None else self._replicas.wait(confirm, packet.until_s)
+        commands = [*kills, *packet.commands, *(() if wait is None else wait.commands())]
         begin, end = len(kills), len(kills) + len(packet.commands)
         try:
             async with asyncio.timeout_at(self._loop.time() + packet.until_s - time.monotonic()):
-                everything = await _roundtrip(line.connection, [*kills, *packet.commands, *tail])
+                everything = await _roundtrip(line.connection, commands)
                 replies, said = everything[begin:end], everything[end:]
-                if confirm is not None:
-                    self._replicas.see(said)
-                    while wanted < self._replicas.wanted(confirm):  # there are more than were waited for
-                        wanted = self._replicas.wanted(confirm)
-                        said = await _roundtrip(line.connection, self._replicas.waiting(confirm, wanted))
-                        self._replicas.see(said)
-                    replies = judged(replies, wanted, said)
+                if wait is not None:
+                    while wait.goes_on(said, renewed=line.era != self._era):
+                        said = await _roundtrip(line.connection, wait.commands())
+                    replies = wait.judged(replies)
         except BaseException as error:
             # Cancelled or lost, it has an unread reply: the connection must not be used again.
             await line.connection.disconnect(nowait=True)
@@ -184,26 +184,30 @@ class AsyncWire:
             await self._drop(idle)
         return replies
 
+    async def _find(self) -> Any:
+        """Ask the Sentinels for the primary's address."""
+        sentinels = self._endpoint.sentinels
+        return sentinels and await sentinels.asker.discover_master(sentinels.name)
+
     async def _count(self) -> None:
         """Ask the Sentinels how many replicas there are: in a failover the primary has lost sight of some."""
         sentinels, era = self._endpoint.sentinels, self._era
-        if sentinels is None or self._counted == era:
-            return
-        counts = []
-        for client in sentinels.clients:
-            with suppress(client_errors.RedisError, OSError):
-                counts.append(len(await client.sentinel_slaves(sentinels.name)))
-        if not counts:
-            raise Lost("no Sentinel says how many replicas there are", sent=False)
-        self._replicas.expect(max(counts))
+        if sentinels is not None:
+            asked = [client.sentinel_slaves(sentinels.name) for client in sentinels.clients]
+            told = await asyncio.gather(*asked, return_exceptions=True)
+            self._replicas.expect(counted(told))
         self._counted = era
 
-    async def _open(self) -> Line:
+    async def _open(self, until_s: float) -> Line:
         era = self._era
         connection = self._endpoint.open()
         try:
-            await connection.connect()
-            (client_id,) = await _roundtrip(connection, [CLIENT_ID]) if self._endpoint.real_server else [None]
+            async with asyncio.timeout(until_s - time.monotonic()):
+                if self._endpoint.sentinels is None:
+                    await connection.connect()
+                else:
+                    await connection.connect_to(await self._finding(until_s))
+                (client_id,) = await _roundtrip(connection, [CLIENT_ID]) if self._endpoint.real_server else [None]
         except BaseException as error:
             await connection.disconnect(nowait=True)
             if not isinstance(error, client_errors.RedisError | OSError):

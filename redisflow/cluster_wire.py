@@ -10,6 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from redisflow.calls import Again, Block, Lost, Packet, Primaries, Refusal, Reply
+from redisflow.singleflight import SingleFlight
 from redisflow.topology import SLOTS_COMMAND, Address, Part, Topology, no_cluster, uncovered
 from redisflow.wire import Carrying, Wire, rest
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from redisflow.connection import ClusterEndpoint, Endpoint
 
 LOOK_EVERY_S = 0.1  # at most so often the nodes are asked who has what
+ANSWER_WITHIN_S = 1.0  # or another node is asked
 
 
 class ClusterWire:
@@ -28,8 +30,7 @@ class ClusterWire:
         self._topology = Topology(cluster.seeds, cluster.remap)
         self._wires: dict[Address, Wire] = {}
         self._lock = threading.Lock()
-        self._looking = threading.Lock()
-        self._looked_s = 0.0
+        self._looking = SingleFlight[None](self._ask_around, slack_s=LOOK_EVERY_S)
         self._wire_of: dict[int | None, Wire] = {}  # by slot, as long as the topology stays
 
     def exchange(self, packet: Packet) -> list[Reply]:
@@ -127,18 +128,14 @@ class ClusterWire:
             self._wire_of.clear()
         if again is None and self._topology.known:
             return
-        asked_s = time.monotonic()
-        with self._looking:
-            if self._topology.known and self._looked_s > asked_s - LOOK_EVERY_S:
-                return
-            self._ask_around(again, until_s)
-            self._looked_s = time.monotonic()
+        self._looking(until_s, again)
 
-    def _ask_around(self, again: Again | None, until_s: float) -> None:
+    def _ask_around(self, again: Again | None) -> None:
         failure = Lost("no node of the cluster answers", sent=False)
         for address in self._topology.informants(again):
             try:
-                (reply,) = self._at(address).exchange(Packet((None,), (SLOTS_COMMAND,), until_s))
+                packet = Packet((None,), (SLOTS_COMMAND,), time.monotonic() + ANSWER_WITHIN_S)
+                (reply,) = self._at(address).exchange(packet)
             except Lost as lost:
                 failure = Lost(f"no node of the cluster answers: {lost}", sent=False, lasting=lost.lasting)
                 failure.__cause__ = lost.__cause__

@@ -55,7 +55,7 @@ class Endpoint:
         socket_timeout_s: how long a connection waits for a reply.
         real_server: false for fakeredis, which knows neither `#!lua` nor INFO.
         lease: what keeps an embedded server running, to be closed in the end.
-        sentinels: who says that another server has become the primary; `open` asks them which it is.
+        sentinels: who says which server is the primary: what `open` makes is connected to that one.
     """
 
     open: Callable[[], Any]
@@ -128,9 +128,9 @@ def _sentinels_of(pool: Any) -> Sentinels | None:
     """Those a client's pool asks for its primary."""
     if not isinstance(pool, SentinelConnectionPool | AsyncSentinelConnectionPool):
         return None
-    clients = pool.sentinel_manager.sentinels
-    settings = [_sentinel_settings(client.connection_pool) for client in clients]
-    return Sentinels(pool.service_name, settings, clients)
+    asker = pool.sentinel_manager
+    settings = [_sentinel_settings(client.connection_pool) for client in asker.sentinels]
+    return Sentinels(pool.service_name, settings, asker, tuple(asker.sentinels))
 
 
 def _sentinel_settings(pool: Any) -> dict[str, Any]:

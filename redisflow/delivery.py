@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from uuid import UUID
 
 # The server answered and did not execute: it may in a moment.
-_PASSING = frozenset(
+PASSING = frozenset(
     {
         "TRYAGAIN",
         "CLUSTERDOWN",
@@ -57,7 +57,7 @@ _PASSING = frozenset(
     }
 )
 # Not executed either: another node has the slot, or just this key of it.
-_REDIRECTS = frozenset({"MOVED", "ASK"})
+REDIRECTS = frozenset({"MOVED", "ASK"})
 _MOST_HOPS = 5  # without a pause
 _MEANINGS = {
     "MOVED": "this server is one node of a cluster, connect with redis+cluster://",
@@ -111,10 +111,10 @@ class _Attempts:
                 self.give_up(answer)
         elif not isinstance(answer, Refusal):
             self.settled, self.outcome = True, answer
-        elif answer.code in _REDIRECTS and policy.cluster:
+        elif answer.code in REDIRECTS and policy.cluster:
             self.redirect = answer
             return True
-        elif answer.code not in _PASSING or not self._insist:
+        elif answer.code not in PASSING or not self._insist:
             self.give_up(answer)
         return False
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import threading
 from collections.abc import Callable, Generator
 from typing import Any, TypeVar
@@ -14,6 +15,7 @@ from redisflow.delivery import Policy, Step, deliver
 from redisflow.ops import upkeep
 from redisflow.ops.namespace import Namespace
 from redisflow.settings import Settings
+from redisflow.singleflight import SingleFlight
 from redisflow.wire import Wire
 
 M = TypeVar("M")
@@ -35,11 +37,15 @@ class Link:
         self.wire: Wire | ClusterWire | None = None
         self._endpoint = endpoint
         self.settings = settings
-        self._connecting = threading.Lock()
+        self._lock = threading.Lock()
+        self._connecting = SingleFlight[Wire | ClusterWire](self._connect)
 
     def connect(self, namespace: Namespace) -> Wire | ClusterWire:
         """Connect, unless that is done, and check the server and the namespace."""
-        with self._connecting:
+        return self._connecting(math.inf, namespace)
+
+    def _connect(self, namespace: Namespace) -> Wire | ClusterWire:
+        with self._lock:
             if self.wire is None:
                 endpoint, settings = self._endpoint(), self.settings
                 wire = wire_to(
@@ -62,7 +68,7 @@ class Link:
 
     def close(self) -> None:
         """Close the connections."""
-        with self._connecting:
+        with self._lock:
             wire, self.wire = self.wire, None
         if wire is not None:
             wire.close()

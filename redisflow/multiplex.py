@@ -17,6 +17,7 @@ import hiredis
 
 from redisflow.aio_wire import AsyncWire
 from redisflow.calls import Again, Lost, Packet, Refusal, Reply
+from redisflow.singleflight import AsyncSingleFlight
 from redisflow.wire import Line, no_reply, packed, refusal_of
 
 if TYPE_CHECKING:
@@ -206,7 +207,7 @@ class MultiplexedWire(AsyncWire):
         """Bind to the running event loop."""
         super().__init__(endpoint, max_connections=max_connections, acquire_timeout_s=acquire_timeout_s)
         self._stream: _Stream | None = None
-        self._opening = asyncio.Lock()
+        self._opening = AsyncSingleFlight[_Stream](self._open_stream)
 
     def exchange(self, packet: Packet) -> Awaitable[list[Reply]]:  # type: ignore[override]  # a future is awaitable, too
         """Send a packet and read a reply for each command, as `AsyncWire.exchange`."""
@@ -231,11 +232,9 @@ class MultiplexedWire(AsyncWire):
     async def _opened(self, until_s: float) -> _Stream:
         self._require_own_loop()
         while True:
-            async with self._opening:
-                if self._stream is None or self._stream.lost is not None:
-                    line = await self._open()
-                    self._stream = _Stream(line, self._endpoint.socket_timeout_s)
-                stream = self._stream
+            stream = self._stream
+            if stream is None or stream.lost is not None:
+                stream = await self._opening(until_s, until_s)
             try:
                 async with asyncio.timeout(until_s - time.monotonic()):
                     await stream.room()
@@ -244,8 +243,13 @@ class MultiplexedWire(AsyncWire):
             if stream.open:  # or all who waited would go in at once
                 return stream
 
-    async def _open(self) -> Line:
-        line = None if self._closed else await super()._open()
+    async def _open_stream(self, until_s: float) -> _Stream:
+        if self._stream is None or self._stream.lost is not None:
+            self._stream = _Stream(await self._open(until_s), self._endpoint.socket_timeout_s)
+        return self._stream
+
+    async def _open(self, until_s: float) -> Line:
+        line = None if self._closed else await super()._open(until_s)
         if line is None or self._closed:  # it may have been closed meanwhile
             if line is not None:
                 await line.connection.disconnect(nowait=True)

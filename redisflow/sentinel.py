@@ -1,6 +1,6 @@
 """Who hears from Sentinel that another server has become the primary.
 
-redis-py asks Sentinel for the primary when it connects. A planned failover leaves the old one acknowledging writes
+A planned failover leaves the old one acknowledging writes
 for seconds, so connections must not wait to be broken: they are left as soon as a Sentinel says so.
 """
 
@@ -28,12 +28,15 @@ class Sentinels:
     Attributes:
         name: what they call it.
         settings: how to connect to each.
-        clients: redis-py's clients of them, of the manager's kind.
+        asker: redis-py's `Sentinel`, of the manager's kind, which asks them one after the other who the primary is.
+            It must not be used by several at a time: each of two that sort its list would lose a client of it.
+        clients: its clients of them.
         own: whether these are to be closed in the end.
     """
 
     name: str
     settings: Sequence[Mapping[str, Any]]
+    asker: Any
     clients: Sequence[Any]
     own: bool = False
 

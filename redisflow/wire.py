@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from redis import exceptions as client_errors
 
 from redisflow.calls import Again, Block, Client, Confirm, Lost, Packet, Primaries, Refusal, Reply, Unconfirmed
+from redisflow.delivery import PASSING, REDIRECTS
 
 try:
     import hiredis
@@ -29,6 +30,7 @@ except ImportError:  # no wheel for this machine: redis-py then reads replies in
 
 
 from redisflow.sentinel import Watching
+from redisflow.singleflight import SingleFlight
 
 if TYPE_CHECKING:
     from redisflow.connection import Endpoint
@@ -38,6 +40,7 @@ log = logging.getLogger("redisflow")
 MAX_BLOCK_S = 2.0
 _STOP_WITHIN_S = 0.1  # how soon a thread that listens sees that it should stop
 SETTLE_S = 0.005  # messages come in bursts, and one look is enough for each
+_SHARE_TO_WAIT = 0.9  # of the time left for a packet: its reply must be back before that is over
 CLIENT_ID = (b"CLIENT", b"ID")
 ASKING = (b"ASKING",)
 _TOUCH = b"""#!lua flags=allow-oom
@@ -104,16 +107,20 @@ def is_refusal(error: Exception) -> bool:
 def not_sent(error: Exception) -> Lost:
     """The loss of a packet that never left, because no connection could be had."""
     lasting = isinstance(error, _LASTING) or isinstance(error.__context__, ssl.SSLCertVerificationError)
-    lost = Lost(f"cannot connect: {error}", sent=False, lasting=lasting)
+    lost = Lost(f"cannot connect: {_said(error)}", sent=False, lasting=lasting)
     lost.__cause__ = error
     return lost
 
 
 def no_reply(error: Exception, client: Client | None) -> Lost:
     """The loss of a packet that may have been executed."""
-    lost = Lost(f"no reply: {error}", sent=True, client=client)
+    lost = Lost(f"no reply: {_said(error)}", sent=True, client=client)
     lost.__cause__ = error
     return lost
+
+
+def _said(error: Exception) -> str:
+    return str(error) or "the deadline passed"  # what asyncio's own timeout does not say
 
 
 def packed(commands: Sequence[Sequence[bytes]]) -> bytes:
@@ -146,42 +153,92 @@ def blocking(block: Block, socket_timeout_s: float, *, asking: bool) -> Packet:
 
 
 class Replicas:
-    """The replicas of a server, as far as was seen: what to wait for behind a change, and whether it came."""
+    """The replicas of a server, as far as was seen."""
 
     def __init__(self, socket_timeout_s: float) -> None:
-        self._socket_timeout_s = socket_timeout_s
+        self._longest_s = socket_timeout_s / 2  # of one command that waits: a longer silence would look like a loss
         self._seen = 1  # to wait for all where there are none would promise nothing
-
-    def wanted(self, confirm: Confirm) -> int:
-        """How many to wait for."""
-        return max(self._seen, confirm.at_least) if confirm.replicas is None else confirm.replicas
 
     def expect(self, count: int) -> None:
         """Take in how many there are, connected or not."""
         self._seen = max(1, count)
 
-    def waiting(self, confirm: Confirm, wanted: int) -> list[tuple[bytes, ...]]:
-        """The commands that wait for them."""
-        milliseconds = max(1, int(1000 * min(confirm.within_s, self._socket_timeout_s / 2)))
+    def see(self, connected: int) -> None:
+        """Take in how many are connected."""
+        self._seen = max(self._seen, connected)
+
+    def wanted(self, confirm: Confirm) -> int:
+        """How many to wait for."""
+        return max(self._seen, confirm.at_least) if confirm.replicas is None else confirm.replicas
+
+    def wait(self, confirm: Confirm, until_s: float) -> Wait:
+        """The wait behind commands that are to be answered by a time."""
+        now_s = time.monotonic()
+        return Wait(self, confirm, now_s + min(confirm.within_s, _SHARE_TO_WAIT * (until_s - now_s)), self._longest_s)
+
+
+class Wait:
+    """A wait for replicas behind commands: what to send, again and again, and what came of it."""
+
+    def __init__(self, replicas: Replicas, confirm: Confirm, until_s: float, longest_s: float) -> None:
+        self._replicas = replicas
+        self._confirm = confirm
+        self._until_s = until_s
+        self._longest_s = longest_s
+        self._wanted = replicas.wanted(confirm)
+        self._reached = 0
+        self._doubt: str | None = None  # why what was waited for may not be where it will be read
+
+    def commands(self) -> list[tuple[bytes, ...]]:
+        """Those to send now."""
+        wait_s = min(self._until_s - time.monotonic(), self._longest_s)
         return [
-            *([ASKING] if confirm.asking else []),
-            (b"EVAL", _TOUCH, b"1", confirm.flow_keys[-1]),
-            (b"WAIT", b"%d" % wanted, b"%d" % milliseconds),
+            *([ASKING] if self._confirm.asking else []),
+            (b"EVAL", _TOUCH, b"1", self._confirm.flow_keys[-1]),
+            (b"WAIT", b"%d" % self._wanted, b"%d" % max(1, int(1000 * wait_s))),
             (b"ROLE",),
         ]
 
-    def see(self, said: Sequence[Reply]) -> None:
-        """Learn from the replies to those commands how many there are."""
-        if not isinstance(said[-1], Refusal) and said[-1][0] == b"master":  # and not a replica by now
-            self._seen = max(self._seen, len(said[-1][2]))
+    def goes_on(self, said: Sequence[Reply], *, renewed: bool) -> bool:
+        """Take in the replies, of a server that has been replaced if `renewed`. Returns whether to wait again."""
+        touched, reached, role = said[-3:]
+        refusal = next((reply for reply in (touched, reached) if isinstance(reply, Refusal)), None)
+        if refusal is not None:
+            self._reached = 0
+            self._doubt = refusal.message if refusal.code in PASSING | REDIRECTS else None
+            return False
+        if not isinstance(role, Refusal) and role[0] == b"master":  # and not a replica by now
+            self._replicas.see(len(role[2]))
+        self._reached, waited_for, self._wanted = reached, self._wanted, self._replicas.wanted(self._confirm)
+        if reached >= waited_for:
+            return self._wanted > waited_for  # there are more than were waited for
+        if renewed:
+            self._doubt = "another server has become the primary"
+        return self._doubt is None and time.monotonic() < self._until_s
+
+    def judged(self, replies: list[Reply]) -> list[Reply]:
+        """The replies to what came before, marked if too few replicas have it; lost, if another server knows better."""
+        if self._doubt is None and self._reached >= self._wanted:
+            return replies
+        found: Reply = None
+        if self._doubt is not None:
+            found = Lost(f"its replicas could not be waited for: {self._doubt}", sent=True)
+        return [
+            reply if type(reply) is Refusal else found or Unconfirmed(reply, self._wanted, self._reached)
+            for reply in replies
+        ]
 
 
-def judged(replies: list[Reply], wanted: int, said: Sequence[Reply]) -> list[Reply]:
-    """The replies to what came before a wait, marked where too few replicas confirmed it."""
-    reached = 0 if isinstance(said[-2], Refusal) or isinstance(said[-3], Refusal) else said[-2]
-    if reached >= wanted:
-        return replies
-    return [reply if type(reply) is Refusal else Unconfirmed(reply, wanted, reached) for reply in replies]
+def counted(told: Sequence[Any]) -> int:
+    """How many replicas there are, by what Sentinels said, or failed with.
+
+    Raises:
+        Lost: none said.
+    """
+    counts = [len(replicas) for replicas in told if not isinstance(replicas, BaseException)]
+    if not counts:
+        raise Lost("no Sentinel says how many replicas there are", sent=False)
+    return max(counts)
 
 
 class Wire:
@@ -208,6 +265,8 @@ class Wire:
         for _ in range(self._max_connections):
             self._slots.put(None)
         self._closed = False
+        self._finding = SingleFlight[Any](self._find)
+        self._counting = SingleFlight[None](self._count)
         sentinels = self._endpoint.sentinels
         self._watching = None if sentinels is None else Watching(sentinels, self.renew)
 
@@ -257,7 +316,7 @@ class Wire:
         Raises:
             Lost: the connection failed.
         """
-        line = self._open()
+        line = self._open(time.monotonic() + self._endpoint.socket_timeout_s)
         permitted = False
         try:
             permitted = are_permitted(_roundtrip(line.connection, subscribing(channels)))
@@ -301,30 +360,26 @@ class Wire:
             idle.pop().connection.disconnect()
 
     def _carry_over(self, idle: deque[Line], packet: Packet) -> Carrying:
-        if packet.confirm is not None and packet.confirm.replicas is None:
-            self._count()
+        confirm = packet.confirm
+        if confirm is not None and confirm.replicas is None and self._counted != self._era:
+            self._counting(packet.until_s)
         try:
             line = idle.pop()
         except IndexError:
-            line = self._open()
-        confirm = packet.confirm
+            line = self._open(packet.until_s)
         kills = line.kills(packet.again)
-        wanted = 0 if confirm is None else self._replicas.wanted(confirm)
-        tail = [] if confirm is None else self._replicas.waiting(confirm, wanted)
-        commands = [*kills, *packet.commands, *tail]
+        wait = None if confirm is None else self._replicas.wait(confirm, packet.until_s)
+        commands = [*kills, *packet.commands, *(() if wait is None else wait.commands())]
         begin, end = len(kills), len(kills) + len(packet.commands)
         try:
             line.connection.send_packed_command([packed(commands)])
             yield
             everything = _replies(line.connection, len(commands))
             replies, said = everything[begin:end], everything[end:]
-            if confirm is not None:
-                self._replicas.see(said)
-                while wanted < self._replicas.wanted(confirm):  # there are more than were waited for
-                    wanted = self._replicas.wanted(confirm)
-                    said = _roundtrip(line.connection, self._replicas.waiting(confirm, wanted))
-                    self._replicas.see(said)
-                replies = judged(replies, wanted, said)
+            if wait is not None:
+                while wait.goes_on(said, renewed=line.era != self._era):
+                    said = _roundtrip(line.connection, wait.commands())
+                replies = wait.judged(replies)
         except BaseException as error:
             # A connection with an unread reply must not be used again.
             line.connection.disconnect()
@@ -340,25 +395,32 @@ class Wire:
             self._drop(idle)
         return replies
 
+    def _find(self) -> Any:
+        """Ask the Sentinels for the primary's address."""
+        sentinels = self._endpoint.sentinels
+        return sentinels and sentinels.asker.discover_master(sentinels.name)
+
     def _count(self) -> None:
         """Ask the Sentinels how many replicas there are: in a failover the primary has lost sight of some."""
         sentinels, era = self._endpoint.sentinels, self._era
-        if sentinels is None or self._counted == era:
-            return
-        counts = []
-        for client in sentinels.clients:
-            with suppress(client_errors.RedisError, OSError):
-                counts.append(len(client.sentinel_slaves(sentinels.name)))
-        if not counts:
-            raise Lost("no Sentinel says how many replicas there are", sent=False)
-        self._replicas.expect(max(counts))
+        if sentinels is not None:
+            told: list[Any] = []
+            for client in sentinels.clients:
+                try:
+                    told.append(client.sentinel_slaves(sentinels.name))
+                except (client_errors.RedisError, OSError) as error:
+                    told.append(error)
+            self._replicas.expect(counted(told))
         self._counted = era
 
-    def _open(self) -> Line:
+    def _open(self, until_s: float) -> Line:
         era = self._era
         connection = self._endpoint.open()
         try:
-            connection.connect()
+            if self._endpoint.sentinels is None:
+                connection.connect()
+            else:
+                connection.connect_to(self._finding(until_s))
             (client_id,) = _roundtrip(connection, [CLIENT_ID]) if self._endpoint.real_server else [None]
         except (client_errors.RedisError, OSError) as error:
             connection.disconnect()

@@ -120,6 +120,31 @@ def test_a_level_can_be_asked_for_by_call(flows: Any, short: Any) -> None:
     assert flows.get(flow).status == "finished"
 
 
+def waits_of(server: Server) -> int:
+    """How often a server was told to wait for its replicas."""
+    calls: int = server.raw.info("commandstats").get("cmdstat_wait", {"calls": 0})["calls"]
+    return calls
+
+
+def test_a_wait_may_be_longer_than_the_socket_timeout(open_url: Open, flows: Any, group: Group) -> None:
+    """It is asked for again: a server that says nothing for so long would be taken for dead."""
+    flow = flow_in(flows, "running")
+    patient = open_url(
+        f"{group.primary.url}?socket_timeout=0.2", durability="replicas:2", deadline_s=60.0, confirm_within_s=60.0
+    )
+    patient.connect()
+    group.replicas[0].pause()
+    with ThreadPoolExecutor(1) as pool:
+        try:
+            waiting = pool.submit(patient.update_state, flow, {"x": 1})
+            before = waits_of(group.primary)
+            wait_until(lambda: waits_of(group.primary) > before + 3, description="it was asked for again")
+            assert not waiting.done()
+        finally:
+            group.replicas[0].resume()
+        assert waiting.result(60).revision == flow.revision + 1
+
+
 def test_a_replay_waits_like_the_first_attempt(short: Any, flows: Any, group: Group) -> None:
     """It writes nothing, and the server would wait for nothing: what it found may not have been confirmed."""
     flow, op_id = flow_in(flows.with_durability("local"), "running"), op_id_of(None)

@@ -12,7 +12,7 @@ import pytest
 import redis.asyncio
 from redis.sentinel import Sentinel
 
-from redisflow import AsyncFlowManager, Flow, FlowManager, InvalidData, NotDurable, StorageError
+from redisflow import AsyncFlowManager, Flow, FlowManager, InvalidData, StorageError
 from tests.beyond_one_server.conftest import Open
 from tests.support.sentinels import Sentinels
 from tests.support.servers import ENGINES
@@ -31,7 +31,7 @@ def group() -> Iterator[Sentinels]:
 def flows(open_url: Open, group: Sentinels) -> Any:
     """A manager that asks them."""
     group.await_healthy()
-    return open_url(group.url, deadline_s=60.0)
+    return open_url(group.url, deadline_s=60.0, confirm_within_s=30.0)
 
 
 def test_the_primary_is_found(flows: Any, group: Sentinels) -> None:
@@ -67,20 +67,17 @@ def test_an_unknown_name_is_refused(open_url: Open, group: Sentinels) -> None:
 
 
 def test_a_planned_failover_is_followed_at_once(flows: Any, group: Sentinels) -> None:
-    """Nobody gets an error, and the old primary, which goes on for a while, is left: confirmed changes are kept."""
+    """Nobody gets an error, and the old primary, which goes on for a while, is left: all is confirmed and kept."""
     durable = flows.with_durability("replicas:2")
     flow = flows.create_mirrored(**WHO, state={"n": 0})
     over = threading.Event()
 
-    def write() -> tuple[int, int]:
-        confirmed = unconfirmed = 0
+    def write() -> int:
+        confirmed = 0
         while not over.is_set() or confirmed < 10:
-            try:
-                durable.update_state(flow.id, increment={"n": 1})
-                confirmed += 1
-            except NotDurable:
-                unconfirmed += 1
-        return confirmed, unconfirmed
+            durable.update_state(flow.id, increment={"n": 1})
+            confirmed += 1
+        return confirmed
 
     old = group.primary()
     with ThreadPoolExecutor(1) as pool:
@@ -88,10 +85,10 @@ def test_a_planned_failover_is_followed_at_once(flows: Any, group: Sentinels) ->
         assert group.fail_over() is not old
         group.await_healthy()
         over.set()
-        confirmed, unconfirmed = writing.result(60)
+        confirmed = writing.result(60)
     after = flows.get(flow)
-    assert confirmed <= after.state["n"] <= confirmed + unconfirmed
-    assert after.revision == 1 + after.state["n"]
+    assert after.state["n"] == confirmed
+    assert after.revision == 1 + confirmed
 
 
 def test_connections_leave_the_old_primary(flows: Any, group: Sentinels) -> None:
