@@ -20,7 +20,17 @@ from benchmarks.measure import Curve, Plan, Row
 from benchmarks.report import RESULTS, Result, quote_in_readme, show
 from benchmarks.server import serving
 
-TOPICS = ("transition_cpu", "sync_rate", "asyncio_rate", "contention", "latency", "scale", "memory", "beside_peers")
+TOPICS = (
+    "transition_cpu",
+    "sync_rate",
+    "asyncio_rate",
+    "contention",
+    "latency",
+    "scale",
+    "memory",
+    "cluster",
+    "beside_peers",
+)
 _LEAST_REPEATS = 5
 _PROFILED_CALLS = 20_000
 

@@ -15,6 +15,7 @@ from redisflow import Flow, FlowManager, Timer, codec
 from redisflow.calls import Packet
 from redisflow.codec import StoredFlow
 from redisflow.delivery import Policy, deliver
+from redisflow.keys import DEFAULT_PARTITIONS
 from redisflow.ops import changes
 from redisflow.ops.namespace import Namespace
 from redisflow.waits import to_us, wire_form
@@ -76,10 +77,17 @@ class Life:
 
 
 def load_scripts(flows: FlowManager) -> None:
-    """Live a life through the manager: from then on the server knows the scripts, and nothing is answered NOSCRIPT."""
-    flow = create(flows, uuid4(), uuid4().hex)
-    for _, operation, _, _ in LIFE:
-        flow = flows.perform(operation(flows.namespace, flow))
+    """Live lives through the manager: from then on every node knows the scripts, and nothing is answered NOSCRIPT."""
+    for flow_id in spread(DEFAULT_PARTITIONS):
+        flow = create(flows, flow_id, uuid4().hex)
+        for _, operation, _, _ in LIFE:
+            flow = flows.perform(operation(flows.namespace, flow))
+
+
+def spread(how_many: int) -> list[UUID]:
+    """Draw ids of flows that take the partitions in turn."""
+    drawn = (uuid4().int // DEFAULT_PARTITIONS * DEFAULT_PARTITIONS for _ in range(how_many))
+    return [UUID(int=number + turn % DEFAULT_PARTITIONS) for turn, number in enumerate(drawn)]
 
 
 def is_small(reply: object) -> bool:

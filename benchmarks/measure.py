@@ -212,13 +212,14 @@ class ServerCpu:
     def __init__(self, client: redis.Redis) -> None:
         self._client = client
 
-    def _used_s(self) -> float:
+    def used_s(self) -> float:
+        """Seconds it has spent so far."""
         cpu = self._client.info("cpu")
         suffix = "_main_thread" if "used_cpu_user_main_thread" in cpu else ""
         return float(cpu["used_cpu_user" + suffix]) + float(cpu["used_cpu_sys" + suffix])
 
     def spent_s(self, work: Callable[[], None]) -> float:
         """Seconds the server spends on `work`."""
-        before = self._used_s()
+        before = self.used_s()
         work()
-        return self._used_s() - before
+        return self.used_s() - before

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
+from uuid import uuid4
 
 import attrs
 import pytest
 
+from benchmarks import cluster
+from benchmarks.cluster import Cost
+from benchmarks.lives import create, spread
 from benchmarks.measure import Curve, Plan, Row, alone, compare, percentile
 from benchmarks.report import README, Result, quote_in_readme
+from benchmarks.server import clustering, serving
+from redisflow import FlowManager
+from redisflow.keys import DEFAULT_PARTITIONS
+from tests.support.servers import ENGINES, Engine
 
 RATIO = compare("update", "evalsha", [(90.0, 100.0), (80.0, 100.0), (85.0, 100.0)], unit="calls/s", at_least=0.85)
 SLOW = alone("seen", [2.5, 3.5, 1.0], unit="ms", at_most=2)
@@ -74,3 +82,48 @@ def test_a_readme_without_the_markers_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="lacks the lines"):
         quote_in_readme(tmp_path / "README.md", tmp_path)
     assert (tmp_path / "README.md").read_text() == "# Something else\n"
+
+
+@pytest.mark.parametrize("engine", ENGINES, ids=str)
+def test_a_cluster_is_asked_on_every_master(engine: Engine) -> None:
+    """Flows that take the partitions in turn are on all masters, as many as each has of the partitions."""
+    with serving(str(engine.binary), aof=True) as server, clustering(server, 3) as found:
+        with FlowManager.from_url(found.url, prefix="bench") as flows:
+            made = [create(flows, flow_id, uuid4().hex) for flow_id in spread(2 * DEFAULT_PARTITIONS)]
+            assert all(flows.get_many(made))
+        stored = []
+        for master in found.masters:
+            with master.client() as client:
+                stored.append(len(list(client.scan_iter("*}:flow:*"))))
+    assert sum(stored) == len(made)
+    assert sorted(stored) in ([8, 12, 12], [10, 10, 12])
+
+
+def test_the_busiest_node_is_the_limit_of_a_cluster() -> None:
+    """With a core each, nodes do what the one that has most to do allows."""
+    cost = Cost(rate=50_000, client_us=2, node_us=[10, 8, 7])
+    assert cost.with_a_core_each == 100_000
+    assert (cost.server_us, cost.busiest, cost.idlest) == (25, 40, 28)
+    assert (cost.server_cores, cost.client_cores) == (1.25, 0.1)
+
+
+def test_a_cluster_is_measured_beside_one_server(capsys: pytest.CaptureFixture[str]) -> None:
+    """What a call costs the client has a target; what more cores would do is computed, and both are said."""
+    with serving(str(ENGINES[0].binary), aof=True) as server:
+        rows = {row.name: row for row in cluster.run(server, Plan(1, quick=True))}
+    callers = ("1 thread", "1 task", "50 tasks", "500 tasks")
+    assert {name for name, row in rows.items() if row.target} == {
+        f"update_state, 3 masters, {who}: client CPU" for who in callers
+    }
+    assert all(row.target == "≤ 1.15" for row in rows.values() if row.target)
+    assert all(row.subject > 0 for row in rows.values())
+    busiest_us = (
+        rows["sent lives, 3 masters: server CPU"].subject
+        * rows["sent lives, 3 masters: busiest node's share of server CPU"].subject
+        / 100
+    )
+    assert rows["sent lives, 3 masters: computed, a core each"].subject == pytest.approx(1e6 / busiest_us)
+    notes = capsys.readouterr().out
+    assert notes.count("cluster: ") == 3
+    assert "sent lives, measured: " in notes
+    assert "sent lives, computed: " in notes
