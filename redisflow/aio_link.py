@@ -24,6 +24,7 @@ class AsyncLink:
     Attributes:
         wire: carries packets; `None` while there is no connection.
         policy: how calls are delivered over it.
+        may_confirm: whether the user is known to have the permissions to wait for replicas.
         settings: the options.
     """
 
@@ -32,26 +33,37 @@ class AsyncLink:
     def __init__(self, endpoint: Callable[[], Awaitable[Endpoint | ClusterEndpoint]], settings: Settings) -> None:
         """Take what finds out where to connect to, and the options."""
         self.wire: AsyncWire | AsyncClusterWire | None = None
+        self.may_confirm = False
         self._endpoint = endpoint
         self.settings = settings
         self._connecting: AsyncSingleFlight[AsyncWire | AsyncClusterWire] | None = None
 
-    async def connect(self, namespace: Namespace) -> AsyncWire | AsyncClusterWire:
-        """Connect, unless that is done, and check the server and the namespace."""
+    async def connect(self, namespace: Namespace, *, confirms: bool = False) -> AsyncWire | AsyncClusterWire:
+        """Connect, unless that is done, and check the server and the namespace.
+
+        Args:
+            namespace: which.
+            confirms: whether a view wants to wait for replicas, though the link may not.
+        """
         if self._connecting is None:
             self._connecting = AsyncSingleFlight(self._connect)
-        return await self._connecting(math.inf, namespace)
+        wire = await self._connecting(math.inf, namespace)
+        if confirms and not self.may_confirm:
+            await drive(wire, deliver(upkeep.check_confirming(namespace), self.policy))
+            self.may_confirm = True
+        return wire
 
     async def _connect(self, namespace: Namespace) -> AsyncWire | AsyncClusterWire:
         if self.wire is None:
             endpoint, settings = await self._endpoint(), self.settings
             wire = wire_to(endpoint, max_connections=settings.max_connections, acquire_timeout_s=settings.deadline_s)
             self.policy = settings.policy(real_server=endpoint.real_server, cluster=endpoint.is_cluster)
+            self.may_confirm = self.policy.confirm is not None
             check = upkeep.connect(
                 namespace,
                 real_server=endpoint.real_server,
                 allow_eviction=settings.allow_eviction,
-                confirms=self.policy.confirm is not None,
+                confirms=self.may_confirm,
             )
             try:
                 await drive(wire, deliver(check, self.policy))

@@ -11,10 +11,11 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from redis import exceptions as client_errors
+from redis.asyncio.sentinel import MasterNotFoundError
 
 from redisflow.calls import Block, Lost, Packet, Primaries, Refusal, Reply
 from redisflow.errors import StorageError
-from redisflow.sentinel import ended
+from redisflow.sentinel import Sentinels, ended
 from redisflow.singleflight import AsyncSingleFlight
 from redisflow.wire import (
     CLIENT_ID,
@@ -30,6 +31,7 @@ from redisflow.wire import (
     packed,
     refusal_of,
     subscribing,
+    unnamed,
 )
 
 if TYPE_CHECKING:
@@ -153,9 +155,9 @@ class AsyncWire:
             await idle.pop().connection.disconnect(nowait=True)
 
     async def _exchange_over(self, idle: deque[Line], packet: Packet) -> list[Reply]:
-        confirm = packet.confirm
-        if confirm is not None and confirm.replicas is None and self._counted != self._era:
-            await self._counting(packet.until_s)
+        confirm, sentinels = packet.confirm, self._endpoint.sentinels
+        if confirm is not None and confirm.replicas is None and sentinels is not None and self._counted != self._era:
+            await self._counting(packet.until_s, sentinels)
         line = idle.pop() if idle else await self._open(packet.until_s)
         kills = line.kills(packet.again)
         wait = None if confirm is None else self._replicas.wait(confirm, packet.until_s)
@@ -184,29 +186,35 @@ class AsyncWire:
             await self._drop(idle)
         return replies
 
-    async def _find(self) -> Any:
+    async def _find(self, sentinels: Sentinels) -> Any:
         """Ask the Sentinels for the primary's address."""
-        sentinels = self._endpoint.sentinels
-        return sentinels and await sentinels.asker.discover_master(sentinels.name)
+        try:
+            return await sentinels.asker.discover_master(sentinels.name)
+        except MasterNotFoundError as error:  # it has just the kinds of the Sentinels' errors
+            told = await self._told(sentinels, "sentinel_masters")
+            raise unnamed(sentinels.name, told) from error
 
-    async def _count(self) -> None:
+    async def _count(self, sentinels: Sentinels) -> None:
         """Ask the Sentinels how many replicas there are: in a failover the primary has lost sight of some."""
-        sentinels, era = self._endpoint.sentinels, self._era
-        if sentinels is not None:
-            asked = [client.sentinel_slaves(sentinels.name) for client in sentinels.clients]
-            told = await asyncio.gather(*asked, return_exceptions=True)
-            self._replicas.expect(counted(told))
+        era = self._era
+        self._replicas.expect(counted(await self._told(sentinels, "sentinel_slaves", sentinels.name)))
         self._counted = era
+
+    @staticmethod
+    async def _told(sentinels: Sentinels, question: str, *args: str) -> list[Any]:
+        """What each of the Sentinels answers, or the error instead."""
+        asked = (getattr(client, question)(*args) for client in sentinels.clients)
+        return await asyncio.gather(*asked, return_exceptions=True)
 
     async def _open(self, until_s: float) -> Line:
         era = self._era
-        connection = self._endpoint.open()
+        connection, sentinels = self._endpoint.open(), self._endpoint.sentinels
         try:
             async with asyncio.timeout(until_s - time.monotonic()):
-                if self._endpoint.sentinels is None:
+                if sentinels is None:
                     await connection.connect()
                 else:
-                    await connection.connect_to(await self._finding(until_s))
+                    await connection.connect_to(await self._finding(until_s, sentinels))
                 (client_id,) = await _roundtrip(connection, [CLIENT_ID]) if self._endpoint.real_server else [None]
         except BaseException as error:
             await connection.disconnect(nowait=True)

@@ -254,10 +254,14 @@ class Lost(Exception):
         sent: whether the packet may have reached the server.
         client: the connection that was lost, if the server said what it calls it.
         lasting: whether trying again is of no use, as with a wrong password.
+        code: that of the refusal it comes from; empty where no server said anything.
     """
 
-    def __init__(self, message: str, *, sent: bool, lasting: bool = False, client: Client | None = None) -> None:
+    def __init__(
+        self, message: str, *, sent: bool, lasting: bool = False, client: Client | None = None, code: str = ""
+    ) -> None:
         super().__init__(message)
         self.sent = sent
         self.client = client
         self.lasting = lasting
+        self.code = code

@@ -137,7 +137,8 @@ class ClusterWire:
                 packet = Packet((None,), (SLOTS_COMMAND,), time.monotonic() + ANSWER_WITHIN_S)
                 (reply,) = self._at(address).exchange(packet)
             except Lost as lost:
-                failure = Lost(f"no node of the cluster answers: {lost}", sent=False, lasting=lost.lasting)
+                message = f"no node of the cluster answers: {lost}"
+                failure = Lost(message, sent=False, lasting=lost.lasting, code=lost.code)
                 failure.__cause__ = lost.__cause__
                 continue
             if not isinstance(reply, Refusal):

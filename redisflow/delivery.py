@@ -189,7 +189,7 @@ def _source_of(script: Script, policy: Policy) -> Source:
 def _error(subject: str, failure: Refusal | Lost) -> FlowError:
     """The error that a refusal or a loss is to the caller."""
     if isinstance(failure, Lost):
-        error = StorageError(f"{subject}: {failure}" if failure.sent else str(failure))
+        error = StorageError(f"{subject}: {failure}" if failure.sent else str(failure), failure.code)
         error.__cause__ = failure.__cause__
         return error
     if failure.code == "WRONGTYPE":

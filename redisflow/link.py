@@ -27,6 +27,7 @@ class Link:
     Attributes:
         wire: carries packets; `None` while there is no connection.
         policy: how calls are delivered over it.
+        may_confirm: whether the user is known to have the permissions to wait for replicas.
         settings: the options.
     """
 
@@ -35,14 +36,24 @@ class Link:
     def __init__(self, endpoint: Callable[[], Endpoint | ClusterEndpoint], settings: Settings) -> None:
         """Take what finds out where to connect to, and the options."""
         self.wire: Wire | ClusterWire | None = None
+        self.may_confirm = False
         self._endpoint = endpoint
         self.settings = settings
         self._lock = threading.Lock()
         self._connecting = SingleFlight[Wire | ClusterWire](self._connect)
 
-    def connect(self, namespace: Namespace) -> Wire | ClusterWire:
-        """Connect, unless that is done, and check the server and the namespace."""
-        return self._connecting(math.inf, namespace)
+    def connect(self, namespace: Namespace, *, confirms: bool = False) -> Wire | ClusterWire:
+        """Connect, unless that is done, and check the server and the namespace.
+
+        Args:
+            namespace: which.
+            confirms: whether a view wants to wait for replicas, though the link may not.
+        """
+        wire = self._connecting(math.inf, namespace)
+        if confirms and not self.may_confirm:
+            drive(wire, deliver(upkeep.check_confirming(namespace), self.policy))
+            self.may_confirm = True
+        return wire
 
     def _connect(self, namespace: Namespace) -> Wire | ClusterWire:
         with self._lock:
@@ -52,11 +63,12 @@ class Link:
                     endpoint, max_connections=settings.max_connections, acquire_timeout_s=settings.deadline_s
                 )
                 self.policy = settings.policy(real_server=endpoint.real_server, cluster=endpoint.is_cluster)
+                self.may_confirm = self.policy.confirm is not None
                 check = upkeep.connect(
                     namespace,
                     real_server=endpoint.real_server,
                     allow_eviction=settings.allow_eviction,
-                    confirms=self.policy.confirm is not None,
+                    confirms=self.may_confirm,
                 )
                 try:
                     drive(wire, deliver(check, self.policy))
@@ -83,14 +95,14 @@ class LinkView:
 
     def __init__(self, link: Any, durability: str) -> None:
         """Share a link."""
-        link.settings.confirming(Policy(0.0), durability)  # refuses what is none
+        self._confirms = link.settings.confirming(Policy(0.0), durability).confirm is not None
         self._link = link
         self._durability = durability
 
     @property
     def wire(self) -> Any:
-        """The link's."""
-        return self._link.wire
+        """The link's, once it is known that its user may do what the view does."""
+        return self._link.wire if self._link.may_confirm or not self._confirms else None
 
     @property
     def policy(self) -> Policy:
@@ -100,7 +112,7 @@ class LinkView:
 
     def connect(self, namespace: Namespace) -> Any:
         """Connect the link."""
-        return self._link.connect(namespace)
+        return self._link.connect(namespace, confirms=self._confirms)
 
     def close(self) -> Any:
         """Leave the link open: a view closes nothing."""

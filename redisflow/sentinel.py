@@ -7,6 +7,7 @@ for seconds, so connections must not wait to be broken: they are left as soon as
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
@@ -15,6 +16,8 @@ from typing import Any
 import attrs
 import redis.asyncio
 from redis import exceptions as client_errors
+
+log = logging.getLogger("redisflow")
 
 _AGAIN_AFTER_S = 1.0
 _CANCEL_EVERY_S = 0.1
@@ -56,6 +59,9 @@ class Sentinels:
                     async for message in ear.listen():
                         if message["type"] == "message" and self.name.encode() in message["data"].split():
                             await switched()
+            except client_errors.NoPermissionError as error:
+                log.warning("a Sentinel does not tell of a new primary, so the old one is left late: %s", error)
+                return
             except (client_errors.RedisError, OSError):
                 await asyncio.sleep(_AGAIN_AFTER_S)
 

@@ -152,5 +152,6 @@ def uncovered(slot: int | None) -> Refusal:
 
 
 def no_cluster(refusal: Refusal) -> Lost:
-    """The loss of what was meant for a cluster, and the server is none."""
-    return Lost(f"cannot learn the nodes of the cluster: {refusal.message}", sent=False, lasting=True)
+    """The loss of what was meant for a cluster, and the server is none or does not say."""
+    message = f"cannot learn the nodes of the cluster: {refusal.message}"
+    return Lost(message, sent=False, lasting=True, code=refusal.code)

@@ -14,6 +14,7 @@ from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from redis import exceptions as client_errors
+from redis.sentinel import MasterNotFoundError
 
 from redisflow.calls import Again, Block, Client, Confirm, Lost, Packet, Primaries, Refusal, Reply, Unconfirmed
 from redisflow.delivery import PASSING, REDIRECTS
@@ -29,7 +30,7 @@ except ImportError:  # no wheel for this machine: redis-py then reads replies in
         return b"".join([b"*%d\r\n" % len(command), *[b"$%d\r\n%b\r\n" % (len(arg), arg) for arg in command]])
 
 
-from redisflow.sentinel import Watching
+from redisflow.sentinel import Sentinels, Watching
 from redisflow.singleflight import SingleFlight
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ _CODES = {
     client_errors.BusyLoadingError: "LOADING",
 }
 _TOO_MANY_CLIENTS = "max number of clients"
-_LASTING = (client_errors.AuthenticationError, client_errors.AuthorizationError)
+_LASTING = (client_errors.AuthenticationError, client_errors.AuthorizationError, client_errors.NoPermissionError)
 
 
 class Line(NamedTuple):
@@ -104,10 +105,14 @@ def is_refusal(error: Exception) -> bool:
     return said_so or _TOO_MANY_CLIENTS in str(error)
 
 
-def not_sent(error: Exception) -> Lost:
+def not_sent(error: Exception, why: str = "cannot connect") -> Lost:
     """The loss of a packet that never left, because no connection could be had."""
     lasting = isinstance(error, _LASTING) or isinstance(error.__context__, ssl.SSLCertVerificationError)
-    lost = Lost(f"cannot connect: {_said(error)}", sent=False, lasting=lasting)
+    code, said = "", _said(error)
+    if is_refusal(error):
+        refusal = refusal_of(error)
+        code, said = refusal.code, refusal.message
+    lost = Lost(f"{why}: {said}", sent=False, lasting=lasting, code=code)
     lost.__cause__ = error
     return lost
 
@@ -201,13 +206,13 @@ class Wait:
 
     def goes_on(self, said: Sequence[Reply], *, renewed: bool) -> bool:
         """Take in the replies, of a server that has been replaced if `renewed`. Returns whether to wait again."""
-        touched, reached, role = said[-3:]
-        refusal = next((reply for reply in (touched, reached) if isinstance(reply, Refusal)), None)
+        _, reached, role = said[-3:]
+        refusal = next((reply for reply in said[-3:] if isinstance(reply, Refusal)), None)
         if refusal is not None:
             self._reached = 0
             self._doubt = refusal.message if refusal.code in PASSING | REDIRECTS else None
             return False
-        if not isinstance(role, Refusal) and role[0] == b"master":  # and not a replica by now
+        if role[0] == b"master":  # and not a replica by now
             self._replicas.see(len(role[2]))
         self._reached, waited_for, self._wanted = reached, self._wanted, self._replicas.wanted(self._confirm)
         if reached >= waited_for:
@@ -237,8 +242,15 @@ def counted(told: Sequence[Any]) -> int:
     """
     counts = [len(replicas) for replicas in told if not isinstance(replicas, BaseException)]
     if not counts:
-        raise Lost("no Sentinel says how many replicas there are", sent=False)
+        raise not_sent(told[0], "no Sentinel says how many replicas there are")
     return max(counts)
+
+
+def unnamed(name: str, told: Sequence[Any]) -> Lost:
+    """The loss of what is for a primary that no Sentinel names, by what they said of all, or failed with."""
+    if all(isinstance(answer, BaseException) for answer in told):
+        return not_sent(told[0], "no Sentinel answers")
+    return Lost(f"no Sentinel knows a primary {name!r} that is up", sent=False)
 
 
 class Wire:
@@ -360,9 +372,9 @@ class Wire:
             idle.pop().connection.disconnect()
 
     def _carry_over(self, idle: deque[Line], packet: Packet) -> Carrying:
-        confirm = packet.confirm
-        if confirm is not None and confirm.replicas is None and self._counted != self._era:
-            self._counting(packet.until_s)
+        confirm, sentinels = packet.confirm, self._endpoint.sentinels
+        if confirm is not None and confirm.replicas is None and sentinels is not None and self._counted != self._era:
+            self._counting(packet.until_s, sentinels)
         try:
             line = idle.pop()
         except IndexError:
@@ -395,32 +407,38 @@ class Wire:
             self._drop(idle)
         return replies
 
-    def _find(self) -> Any:
+    def _find(self, sentinels: Sentinels) -> Any:
         """Ask the Sentinels for the primary's address."""
-        sentinels = self._endpoint.sentinels
-        return sentinels and sentinels.asker.discover_master(sentinels.name)
+        try:
+            return sentinels.asker.discover_master(sentinels.name)
+        except MasterNotFoundError as error:  # it has just the kinds of the Sentinels' errors
+            raise unnamed(sentinels.name, self._told(sentinels, "sentinel_masters")) from error
 
-    def _count(self) -> None:
+    def _count(self, sentinels: Sentinels) -> None:
         """Ask the Sentinels how many replicas there are: in a failover the primary has lost sight of some."""
-        sentinels, era = self._endpoint.sentinels, self._era
-        if sentinels is not None:
-            told: list[Any] = []
-            for client in sentinels.clients:
-                try:
-                    told.append(client.sentinel_slaves(sentinels.name))
-                except (client_errors.RedisError, OSError) as error:
-                    told.append(error)
-            self._replicas.expect(counted(told))
+        era = self._era
+        self._replicas.expect(counted(self._told(sentinels, "sentinel_slaves", sentinels.name)))
         self._counted = era
+
+    @staticmethod
+    def _told(sentinels: Sentinels, question: str, *args: str) -> list[Any]:
+        """What each of the Sentinels answers, or the error instead."""
+        told: list[Any] = []
+        for client in sentinels.clients:
+            try:
+                told.append(getattr(client, question)(*args))
+            except (client_errors.RedisError, OSError) as error:
+                told.append(error)
+        return told
 
     def _open(self, until_s: float) -> Line:
         era = self._era
-        connection = self._endpoint.open()
+        connection, sentinels = self._endpoint.open(), self._endpoint.sentinels
         try:
-            if self._endpoint.sentinels is None:
+            if sentinels is None:
                 connection.connect()
             else:
-                connection.connect_to(self._finding(until_s))
+                connection.connect_to(self._finding(until_s, sentinels))
             (client_id,) = _roundtrip(connection, [CLIENT_ID]) if self._endpoint.real_server else [None]
         except (client_errors.RedisError, OSError) as error:
             connection.disconnect()

@@ -9,7 +9,7 @@ import shlex
 import warnings
 from collections.abc import Iterator
 from contextlib import suppress
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from pathlib import Path
 from threading import Event, Thread
 from typing import Any
@@ -19,50 +19,18 @@ import click
 import pytest
 
 import redisflow
-from redisflow import AsyncFlowManager, AsyncWaitEngine, FlowManager, StepObservation, WaitEngine, cli
+from redisflow import AsyncFlowManager, AsyncWaitEngine, FlowManager, WaitEngine, cli
 from redisflow.settings import Settings
 from redisflow.waits import Wait
+from tests.support.pages import PAGES, ROOT, blocks_of, commands_of, lines_of, without_blocks
+from tests.support.permissions import DOCTORS, LISTENING, exercise, permissions
 from tests.support.servers import ENGINES, Engine, Server
 from tests.support.waiting import wait_until
 
-ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 LINKING = [*PAGES, ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md"]
 EXAMPLE_ID = "6f9619ff-8b86-4d01-b42d-00c04fc964f3"  # the flow that the pages' commands are about
-NOT_RUN = re.compile(r"<!-- not run: \w.* -->\n\Z")
 
 pytestmark = pytest.mark.skipif(not ENGINES, reason="no server is installed")
-
-
-@attrs.frozen
-class Block:
-    """A fenced block of a page, and the number of lines above its text."""
-
-    lines_above: int
-    text: str
-    is_run: bool
-
-
-def blocks_of(page: Path, language: str) -> list[Block]:
-    """The page's blocks in a language, in order."""
-    text = page.read_text(encoding="utf-8")
-    return [
-        Block(text.count("\n", 0, found.start()) + 1, found[1], not NOT_RUN.search(text[: found.start()]))
-        for found in re.finditer(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
-    ]
-
-
-def without_blocks(page: Path) -> str:
-    """The page's prose."""
-    return re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
-
-
-def commands_of(page: Path, program: str) -> list[list[str]]:
-    """The commands of the page's console blocks that run `program`, their lines joined, without its name."""
-    shown = [block.text.replace("\\\n", " ") for block in blocks_of(page, "console")]
-    lines = [line for text in shown for line in text.splitlines()]
-    assert all(line.startswith("$ ") for line in lines), "a console block shows commands, each behind a `$`"
-    return [words[1:] for line in lines if (words := shlex.split(line[2:]))[0] == program]
 
 
 def pages_with(language: str) -> list[Path]:
@@ -159,6 +127,15 @@ def parse(group: click.Group, arguments: list[str]) -> None:
         command.make_context(name, rest, parent=context).close()
 
 
+@pytest.mark.parametrize("page", pages_with("console"), ids=name_of)
+def test_a_shell_takes_the_commands_of_a_page_as_they_are_meant(page: Path) -> None:
+    """What is a pipe, a subshell or the like to it is quoted."""
+    for line in lines_of(page):
+        unquoted = shlex.shlex(line, posix=True, punctuation_chars=True)
+        unquoted.commenters = ""
+        assert not [word for word in unquoted if set(word) <= set("();<>|&")], line
+
+
 @pytest.mark.parametrize("page", [page for page in PAGES if commands_of(page, "redis-cli")], ids=name_of)
 def test_the_redis_cli_commands_of_a_page_find_something(page: Path, server: Server) -> None:
     """The keys they name are those of a real flow."""
@@ -166,7 +143,8 @@ def test_the_redis_cli_commands_of_a_page_find_something(page: Path, server: Ser
     with FlowManager.from_url() as flows:
         neighbour = make_flow(flows, flow_id=EXAMPLE_ID.replace("6f", "7f", 1))
         flows.set_waiting(neighbour, redisflow.Manual(deadline=flow.created_at))
-    for words in commands_of(page, "redis-cli"):
+    commands = [words for words in commands_of(page, "redis-cli") if words[0] != "-p"]  # for a Sentinel
+    for words in commands:
         assert ask(server, *words), shlex.join(words)
 
 
@@ -178,46 +156,10 @@ def ask(server: Server, *words: str) -> Any:
 # --- permissions -----------------------------------------------------------------------------------------
 
 
-# What an engine hears of new timers by.
-LISTENING = ("&{redisflow:*", "+subscribe", "+publish")
-
-
-def permissions() -> list[str]:
-    """The rule of docs/backends.md, as arguments of ACL SETUSER behind the name."""
-    commands = commands_of(ROOT / "docs/backends.md", "redis-cli")
-    (rule,) = (words[3:] for words in commands if words[:3] == ["ACL", "SETUSER", "flows"])
-    return rule
-
-
-def exercise(url: str) -> None:
+def exercise_at(url: str) -> None:
     """Do everything the library does."""
     with FlowManager.from_url(url, deadline_s=2) as flows:
-        engine = WaitEngine(flows)
-        flow = flows.update_state(make_flow(flows), {"x": []}, increment={"order": 2}, unset=["tmp"])
-        for patch in ("whole", {"k": 1}, ["whole"], {"k": 1}):
-            flow = flows.update_state(flow.id, patch)
-        flow = flows.set_waiting(flow, redisflow.ExternalEvent("t", "1", deadline=flow.created_at + timedelta(days=1)))
-        assert engine.tick().still_waiting == 1
-        (flow,) = engine.resume_waiters("t", "1")
-        flow = flows.mutate(flow, lambda current: attrs.evolve(current, current_step="next"), kind="moved")
-        flows.append_event(flow, "note", op_id="00" * 16)
-        flows.record_step_observation(StepObservation(flow.id, "run", "task", "running"))
-        assert flows.list_steps(flow) == [flows.find_step_by_run_id(flow, "run")]
-        assert list(flows.iter_events(flow))[::-1] == flows.list_events(flow)
-        assert flows.get_many([flow.id]) == [flow]
-        assert flows.list_by_owner(flow.owner_session_key) == flows.list_by_status("running") == [flow]
-        assert sum(flows.count_by_status().values()) == 1
-        assert list(flows.watch(flow, timeout=0.02)) == []
-        view = flows.for_owner(flow.owner_session_key)
-        assert view.list_by_status("running") == [view.get(flow)] == [flow]
-        assert view.count_by_status() == flows.count_by_status()
-        flow = flows.set_waiting(flow, redisflow.Manual(deadline=flow.created_at))
-        flow = flows.request_cancel(flow)
-        assert engine.tick().cancelled == 1
-        assert flows.wait_for(flow, timeout=1).status == "cancelled"
-        assert flows.prune_terminal_flows(timedelta(0)) == 1
-        assert flows.delete(make_flow(flows))
-        flows.doctor(repair=True)
+        exercise(flows, WaitEngine(flows))
 
 
 def as_user(server: Server, rule: list[str]) -> str:
@@ -226,9 +168,6 @@ def as_user(server: Server, rule: list[str]) -> str:
     ask(server, "SCRIPT", "FLUSH")
     ask(server, "ACL", "SETUSER", "flows", "reset", *rule)
     return f"redis://flows:secret@127.0.0.1:{server.port}/0"
-
-
-DOCTORS = {"+scan", "+zscan", "+type", "+zscore", "+memory|usage"}  # nothing else uses them
 
 
 @pytest.mark.parametrize("engine", ENGINES, ids=str)
@@ -251,16 +190,16 @@ def test_the_documented_user_may_do_everything_and_has_nothing_to_spare(engine: 
     rule = permissions()
     with Server(engine) as server:
         url = as_user(server, rule)
-        exercise(url)
+        exercise_at(url)
         with pytest.raises(redisflow.StorageError, match="lacks a permission"):
             FlowManager.from_url(url, prefix="other").connect()
         optional = {"+config|get", "+client|id", "+client|kill", *LISTENING, *DOCTORS}
-        exercise(as_user(server, [part for part in rule if part not in optional]))
+        exercise_at(as_user(server, [part for part in rule if part not in optional]))
         for part in rule:
             if part.startswith(("~", "+")) and part not in optional:
                 url = as_user(server, [other for other in rule if other != part])
                 with pytest.raises(redisflow.StorageError):
-                    exercise(url)
+                    exercise_at(url)
 
 
 @pytest.mark.parametrize("engine", ENGINES, ids=str)

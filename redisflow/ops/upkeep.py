@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from datetime import timedelta
 from typing import Any
 
 from redisflow import scripts
-from redisflow.calls import Batch, Call, Command, Primaries, Read, command
+from redisflow.calls import Batch, Call, Command, Primaries, Read, Reply, command
 from redisflow.errors import FlowError, InvalidData, LayoutMismatch, StorageError
 from redisflow.flow import TERMINAL, FlowRef, FlowStatus
 from redisflow.keys import DEFAULT_PARTITIONS, LAYOUT_VERSION, MAX_PARTITIONS, Partition, meta_key, slot_of
@@ -50,8 +50,10 @@ def connect(
         StorageError: the server is too old, may evict flows, or cannot be reached.
         LayoutMismatch: the namespace was created with another layout; nothing was written.
     """
+    cluster = False
     if real_server:
         for primary in (yield Primaries()):
+            cluster = primary is not None
             yield from _check_server(primary, allow_eviction=allow_eviction)
     meta = meta_key(namespace.prefix).encode()
     slot = slot_of(meta_key(namespace.prefix))
@@ -74,11 +76,13 @@ def connect(
         raise LayoutMismatch(namespace.prefix, "partition count", namespace.partitions or 0, found_partitions)
     namespace.connected(found_partitions)
     if real_server:
-        yield from _check_permissions(namespace.keyspace.partitions[0], slot, meta, confirms=confirms)
+        yield from _check_permissions(namespace.keyspace.partitions[0], slot, meta, cluster=cluster)
+        if confirms:
+            yield from check_confirming(namespace)
 
 
 def _check_permissions(
-    partition: Partition, meta_slot: int, meta: bytes, *, confirms: bool
+    partition: Partition, meta_slot: int, meta: bytes, *, cluster: bool
 ) -> Generator[Read, Any, None]:
     """Check that this user may do what the scripts do: refused midway, a script keeps what it wrote before.
 
@@ -113,12 +117,27 @@ def _check_permissions(
             command(partition, b"ZINTERCARD", 2, index, index),
             command(partition, b"ZRANGE", index, 0, 0),
             command(partition, b"ZREM", index, member),
-            *([command(partition, b"WAIT", 0, 1), command(partition, b"ROLE")] if confirms else []),
+            *([command(partition, b"ASKING")] if cluster else []),  # holds for one command, and to no effect
             command(partition, b"EVAL", b"#!lua flags=no-writes,allow-oom\nreturn redis.call('TIME')", 1, flow),
         ],
         tolerant=True,
         insist=False,
     )
+    _require_permitted(replies)
+
+
+def check_confirming(namespace: Namespace) -> Generator[Read, Any, None]:
+    """Check that this user may wait for replicas: refused behind a change, the change would have been made.
+
+    Raises:
+        StorageError: a permission is missing; names the command.
+    """
+    partition = namespace.keyspace.partitions[0]
+    wait, role = command(partition, b"WAIT", 0, 1), command(partition, b"ROLE")
+    _require_permitted((yield Read([wait, role], tolerant=True, insist=False)))
+
+
+def _require_permitted(replies: Iterable[Reply | FlowError]) -> None:
     for reply in replies:
         if isinstance(reply, StorageError) and reply.code == "NOPERM":
             raise reply
