@@ -48,7 +48,8 @@ class _Stream(asyncio.BufferedProtocol):
         connection._reader = connection._writer = None  # noqa: SLF001 - see above
         self._transport: Any = self._writer.transport
         self._transport.set_protocol(self)
-        self._buffer = bytearray(_READ_BYTES)
+        # A view: asyncio's TLS reads record after record into slices of it, and a slice of the bytes is a copy.
+        self._buffer = memoryview(bytearray(_READ_BYTES))
         self._reader = hiredis.Reader(replyError=_ErrorReply)
         self._unsent: list[bytes] = []
         self._lately_under_way, self._write_at = 0, _LEAST_WRITE
@@ -95,7 +96,7 @@ class _Stream(asyncio.BufferedProtocol):
 
     # --- what comes back ---
 
-    def get_buffer(self, _: int) -> bytearray:
+    def get_buffer(self, _: int) -> memoryview:
         """Where to put what comes."""
         return self._buffer
 
