@@ -22,6 +22,7 @@ from redis.asyncio.retry import Retry as AsyncRetry
 from redis.asyncio.sentinel import Sentinel as AsyncSentinel
 from redis.asyncio.sentinel import SentinelConnectionPool as AsyncSentinelConnectionPool
 from redis.backoff import NoBackoff
+from redis.connection import to_bool
 from redis.retry import Retry
 from redis.sentinel import Sentinel, SentinelConnectionPool
 
@@ -134,9 +135,10 @@ def _sentinels_of(pool: Any) -> Sentinels | None:
 
 
 def _sentinel_settings(pool: Any) -> dict[str, Any]:
-    """How to connect to a Sentinel for good, as to hear from it."""
+    """How to connect to a Sentinel for good, as to hear from it: in asyncio, which knows nothing of OCSP."""
     named = {"host", "port", "username", "password", "credential_provider"}
-    kept = {key: value for key, value in pool.connection_kwargs.items() if key in named or key.startswith("ssl_")}
+    given = {key: value for key, value in pool.connection_kwargs.items() if "ocsp" not in key}
+    kept = {key: value for key, value in given.items() if key in named or key.startswith("ssl_")}
     secure = issubclass(pool.connection_class, redis.SSLConnection | redis.asyncio.SSLConnection)
     return kept | {"ssl": secure, "protocol": 2, "retry": AsyncRetry(NoBackoff(), 0), "socket_keepalive": True}
 
@@ -229,10 +231,15 @@ def _sentinel(parts: SplitResult, *, is_async: bool) -> Endpoint:
     settings = dict(client.from_url(url).connection_pool.connection_kwargs)
     own = {key.removeprefix("sentinel_"): settings.pop(key) for key in list(settings) if key.startswith("sentinel_")}
     del settings["host"]
-    timeouts = {key: value for key, value in settings.items() if key.startswith("socket_")}
+    if "ssl" in own:
+        own["ssl"] = to_bool(own["ssl"])  # type: ignore[no-untyped-call]  # redis-py's
+    shared = {key: value for key, value in settings.items() if key.startswith(("socket_", "ssl_"))}
     sentinel = (AsyncSentinel if is_async else Sentinel)(
         _places(scheme, hosts, DEFAULT_SENTINEL_PORT),
-        sentinel_kwargs=timeouts | own | {"retry": (AsyncRetry if is_async else Retry)(NoBackoff(), 0)},
+        sentinel_kwargs={"ssl": scheme == "rediss"}
+        | shared
+        | own
+        | {"retry": (AsyncRetry if is_async else Retry)(NoBackoff(), 0)},
         ssl=scheme == "rediss",
         **settings,
     )

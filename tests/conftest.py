@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.support.servers import ENGINES, Server
+from tests.support.certificates import certificate
+from tests.support.servers import ENGINES, Engine, Server
 from tests.support.subjects import BACKENDS, CLUSTER, Backend, LoopThread, Servers, Subject
 
 SHELLS = ("sync", "asyncio")
@@ -74,3 +77,27 @@ def flows(subject: Subject) -> Any:
     manager = subject.manager()
     manager.connect()
     return manager
+
+
+# --- TLS -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def tls_engine() -> Engine:
+    """An engine that speaks TLS."""
+    engine = next((engine for engine in ENGINES if not engine.is_valkey), None)
+    if engine is None:
+        pytest.skip("no redis-server on the PATH: the wheels' servers have no TLS")
+    return engine
+
+
+@pytest.fixture(scope="session")
+def tls_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Certificates: ours for 127.0.0.1, a stranger's, and ours for another host."""
+    if shutil.which("openssl") is None:
+        pytest.skip("no openssl on the PATH to make certificates with")
+    folder = tmp_path_factory.mktemp("tls")
+    certificate(folder, "ours", "IP:127.0.0.1")
+    certificate(folder, "stranger", "IP:127.0.0.1")
+    certificate(folder, "elsewhere", "DNS:elsewhere.example")
+    return folder

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import secrets
-import shutil
-import subprocess
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from redisflow import FlowManager, InvalidData, StorageError
-from tests.support.servers import ENGINES, Server, _free_port
+from redisflow import AsyncFlowManager, FlowManager, InvalidData, StorageError
+from tests.support.certificates import certified
+from tests.support.servers import Engine, Server
 from tests.support.subjects import WHO, create, works
 
 
@@ -84,57 +85,19 @@ def test_a_namespace_is_its_prefix(server: Server, from_url: Any) -> None:
 # --- TLS -----------------------------------------------------------------------------------------------
 
 
-def certificate(folder: Path, name: str, subject_alt_name: str) -> None:
-    """Make a CA of that name, and a certificate signed by it."""
-
-    def openssl(*args: str) -> None:
-        subprocess.run(["openssl", *args], cwd=folder, check=True, capture_output=True)
-
-    key = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes")
-    openssl("req", "-x509", *key, "-keyout", f"{name}-ca.key", "-out", f"{name}-ca.crt", "-subj", f"/CN={name}")
-    openssl("req", *key, "-keyout", f"{name}.key", "-out", f"{name}.csr", "-subj", f"/CN={name}-server")
-    (folder / f"{name}.ext").write_text(f"subjectAltName={subject_alt_name}\n")
-    signing = ("-CA", f"{name}-ca.crt", "-CAkey", f"{name}-ca.key", "-CAcreateserial", "-extfile", f"{name}.ext")
-    openssl("x509", "-req", "-in", f"{name}.csr", *signing, "-days", "2", "-out", f"{name}.crt")
-
-
 @pytest.fixture(scope="module")
-def tls_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Certificates: ours for 127.0.0.1, a stranger's, and ours for another host."""
-    if shutil.which("openssl") is None:
-        pytest.skip("no openssl on the PATH to make certificates with")
-    folder = tmp_path_factory.mktemp("tls")
-    certificate(folder, "ours", "IP:127.0.0.1")
-    certificate(folder, "stranger", "IP:127.0.0.1")
-    certificate(folder, "elsewhere", "DNS:elsewhere.example")
-    return folder
-
-
-def tls_port(server: Server) -> int:
-    """The port a TLS server listens on."""
-    return int(server.config_args[1])
-
-
-@pytest.fixture(scope="module")
-def tls_servers(tls_folder: Path) -> Iterator[dict[str, Server]]:
+def tls_servers(tls_engine: Engine, tls_folder: Path) -> Iterator[dict[str, Server]]:
     """Servers with the certificate for 127.0.0.1, and with the one for another host."""
-    engine = next((engine for engine in ENGINES if not engine.is_valkey), None)
-    if engine is None:
-        pytest.skip("no redis-server on the PATH: the wheels' servers have no TLS")
-
-    def tls(name: str) -> Server:
-        files = ("--tls-cert-file", f"{tls_folder}/{name}.crt", "--tls-key-file", f"{tls_folder}/{name}.key")
-        trust = ("--tls-ca-cert-file", f"{tls_folder}/{name}-ca.crt", "--tls-auth-clients", "no")
-        return Server(engine, "--tls-port", str(_free_port()), *files, *trust)
-
-    with tls("ours") as ours, tls("elsewhere") as elsewhere:
-        yield {"ours": ours, "elsewhere": elsewhere}
+    with ExitStack() as stack:
+        names = ("ours", "elsewhere")
+        servers = [Server(tls_engine, tls=certified(tls_folder, name)) for name in names]
+        yield {name: stack.enter_context(server) for name, server in zip(names, servers, strict=True)}
 
 
 def tls_url(server: Server, **options: object) -> str:
     """A `rediss://` URL with options."""
     query = "&".join(f"{name}={value}" for name, value in options.items())
-    return f"rediss://127.0.0.1:{tls_port(server)}/0?{query}"
+    return f"rediss://127.0.0.1:{server.port}/0?{query}"
 
 
 def test_a_verified_certificate_is_accepted(
@@ -142,6 +105,20 @@ def test_a_verified_certificate_is_accepted(
 ) -> None:
     """`rediss://` with our CA works, blocking reads included."""
     works(from_url(tls_url(tls_servers["ours"], ssl_ca_certs=tls_folder / "ours-ca.crt"), prefix=prefix))
+
+
+async def test_tasks_that_share_a_connection_get_their_own_replies_over_tls(
+    tls_servers: dict[str, Server], tls_folder: Path, prefix: str
+) -> None:
+    """Replies that come in several records of TLS at once, too."""
+    url = tls_url(tls_servers["ours"], ssl_ca_certs=tls_folder / "ours-ca.crt")
+    async with AsyncFlowManager.from_url(url, prefix=prefix, deadline_s=5.0) as flows:
+        for _ in range(5):
+            made = await asyncio.gather(
+                *(flows.create_managed(**WHO, state={"n": n, "text": "x" * 8_000}) for n in range(100))
+            )
+            assert [flow.state["n"] for flow in made] == list(range(100))
+            assert await asyncio.gather(*(flows.get(flow.id) for flow in made)) == made
 
 
 @pytest.mark.parametrize(

@@ -66,6 +66,15 @@ def test_an_unknown_name_is_refused(open_url: Open, group: Sentinels) -> None:
         open_url(group.url.replace("/flows/", "/nobody/"), deadline_s=0.2).connect()
 
 
+def test_sentinels_need_not_speak_tls_where_servers_do(open_url: Open, group: Sentinels) -> None:
+    """By default they must. These do not, and nor does the server they name."""
+    url = group.url.replace("redis+", "rediss+")
+    with pytest.raises(StorageError, match="no Sentinel answers"):
+        open_url(url, deadline_s=0.2).connect()
+    with pytest.raises(StorageError, match="cannot connect"):
+        open_url(f"{url}?sentinel_ssl=false", deadline_s=0.2).connect()
+
+
 def test_a_planned_failover_is_followed_at_once(flows: Any, group: Sentinels) -> None:
     """Nobody gets an error, and the old primary, which goes on for a while, is left: all is confirmed and kept."""
     durable = flows.with_durability("replicas:2")

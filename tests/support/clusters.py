@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack, suppress
 from itertools import combinations
 from typing import Any, Self
@@ -120,6 +120,7 @@ class Cluster:
         persistence: bool = True,
         proxied: bool = False,
         node_timeout_ms: int = 1000,
+        tls: Sequence[str] = (),
     ) -> None:
         """Describe a cluster; entering the context starts it.
 
@@ -131,6 +132,7 @@ class Cluster:
             persistence: whether nodes keep their data over a restart.
             proxied: whether clients are led through a `FaultProxy` per node.
             node_timeout_ms: after which silence a node is taken for dead.
+            tls: settings of a certificate, as for a `Server`; nodes then speak TLS with each other, too.
         """
         self.engine = engine
         self.masters = masters
@@ -142,6 +144,9 @@ class Cluster:
         if proxied:
             announced = ("--cluster-announce-hostname", PROXY_HOST, "--cluster-preferred-endpoint-type", "hostname")
             self._config_args += announced
+        self._tls = tls
+        if tls:
+            self._config_args += ("--tls-cluster", "yes")
         self._stack = ExitStack()
 
     def __enter__(self) -> Self:
@@ -160,7 +165,7 @@ class Cluster:
     @property
     def url(self) -> str:
         """Every node, running or not."""
-        return "redis+cluster://" + ",".join(node.address for node in self.nodes)
+        return f"redis{'s' if self._tls else ''}+cluster://" + ",".join(node.address for node in self.nodes)
 
     @property
     def up(self) -> list[Node]:
@@ -288,7 +293,9 @@ class Cluster:
         self.await_healthy()
 
     def _add_node(self) -> Node:
-        server = self._stack.enter_context(Server(self.engine, *self._config_args, persistence=self.persistence))
+        server = self._stack.enter_context(
+            Server(self.engine, *self._config_args, persistence=self.persistence, tls=self._tls)
+        )
         proxy = None
         if self.proxied:
             proxy = self._stack.enter_context(FaultProxy(server.port, host=PROXY_HOST, port=server.port))

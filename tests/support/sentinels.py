@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any, Self
 
@@ -33,6 +34,7 @@ class Sentinels:
         down_after_ms: int = 1000,
         persistence: bool = True,
         hurried: bool = True,
+        tls: Sequence[str] = (),
     ) -> None:
         """Describe a group; entering the context starts it.
 
@@ -44,6 +46,7 @@ class Sentinels:
             down_after_ms: after which silence one of them thinks the primary dead.
             persistence: whether servers keep their data over a restart.
             hurried: whether they act faster than in production.
+            tls: settings of a certificate, as for a `Server`, for all of them.
         """
         self.engine = engine
         self.servers: list[Server] = []
@@ -53,6 +56,7 @@ class Sentinels:
         self._down_after_ms = down_after_ms
         self._persistence = persistence
         self._hurried = hurried
+        self._tls = tls
         self._stack = ExitStack()
 
     def __enter__(self) -> Self:
@@ -72,7 +76,7 @@ class Sentinels:
     def url(self) -> str:
         """Every Sentinel, running or not."""
         addresses = ",".join(f"127.0.0.1:{sentinel.port}" for sentinel in self.sentinels)
-        return f"redis+sentinel://{addresses}/{NAME}/0"
+        return f"redis{'s' if self._tls else ''}+sentinel://{addresses}/{NAME}/0"
 
     def primary(self) -> Server:
         """Return who the Sentinels say it is; the newest, if they differ."""
@@ -148,7 +152,7 @@ class Sentinels:
     def _start(self) -> None:
         count, sentinel_count = self._counts
         for _ in range(count):
-            server = Server(self.engine, *self._config_args, persistence=self._persistence)
+            server = Server(self.engine, *self._config_args, persistence=self._persistence, tls=self._tls)
             self.servers.append(self._stack.enter_context(server))
         primary, *replicas = self.servers
         for replica in replicas:  # not on the command line: a restart must not bring it back
@@ -156,7 +160,7 @@ class Sentinels:
             replica.raw.config_rewrite()
         wait_until(lambda: all(_follows(replica, primary) for replica in replicas), description="replicas are online")
         for _ in range(sentinel_count):
-            sentinel = self._stack.enter_context(Server(self.engine, "--sentinel", persistence=False))
+            sentinel = self._stack.enter_context(Server(self.engine, "--sentinel", persistence=False, tls=self._tls))
             self.sentinels.append(sentinel)
             self._hurry(sentinel)
             command = sentinel.raw.execute_command

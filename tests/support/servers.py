@@ -11,7 +11,7 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
@@ -94,6 +94,7 @@ class Server:
         directory: Path | None = None,
         persistence: bool = True,
         environment: Mapping[str, str] | None = None,
+        tls: Sequence[str] = (),
     ) -> None:
         """Describe a server; `start`, or entering the context, starts it.
 
@@ -104,10 +105,12 @@ class Server:
             directory: where its data is, kept afterwards; instead of a temporary one.
             persistence: whether there is an append-only file.
             environment: variables that the process has beside ours.
+            tls: settings of its certificate: then its port takes nothing but TLS, and we come by its socket.
         """
         self.engine = engine
         self.config_args = config_args
         self.persistence = persistence
+        self._tls = tls
         self._environment = {**os.environ, **(environment or {})}
         self._fixed_port = port
         self._port = port
@@ -174,7 +177,8 @@ class Server:
 
     def client(self, **options: Any) -> redis.Redis:
         """Return a client that resends nothing; closed with the server's context."""
-        settings: dict[str, Any] = {"host": "127.0.0.1", "port": self.port, "retry": Retry(NoBackoff(), 0)}
+        where = {"unix_socket_path": str(self.socket_path)} if self._tls else {"host": "127.0.0.1", "port": self.port}
+        settings: dict[str, Any] = where | {"retry": Retry(NoBackoff(), 0)}
         client = redis.Redis(**settings | options)
         self._clients.append(client)
         return client
@@ -222,6 +226,8 @@ class Server:
         options = ["--port", str(self._port), "--bind", "127.0.0.1", "--unixsocket", str(self.socket_path)]
         options += ["--unixsocketperm", "700", "--dir", str(self.directory), "--save", ""]
         options += ["--appendonly", "yes" if self.persistence else "no", "--enable-debug-command", "local"]
+        if self._tls:
+            options += ["--port", "0", "--tls-port", str(self._port), "--tls-replication", "yes", *self._tls]
         config = self._own / "server.conf"
         config.touch()
         with (self._own / "server.log").open("ab") as log:
