@@ -149,18 +149,43 @@ def kill_server(socket_path: Path) -> None:
         )
 
 
+def tear(server: Server, flows: FlowManager) -> Flow:
+    """Change a flow three times, and start the server again from a file torn inside the third."""
+    flow = flows.create_mirrored(**IDENTITY, state={"n": 0})
+    for _ in range(3):
+        flow = flows.update_state(flow, {"x": flow.revision}, increment={"n": 1})
+    server.kill()
+    file = max(server.directory.rglob("*.incr.aof"), key=lambda path: path.stat().st_mtime)
+    written = file.read_bytes()
+    file.write_bytes(written[: written.rfind(b"XADD") + 2])
+    server.start()
+    return flow
+
+
+def warned_of_torn_files(flows: FlowManager) -> bool:
+    """Whether the doctor tells of them."""
+    return any("half a change" in finding.what for finding in flows.doctor().findings)
+
+
+@pytest.mark.parametrize("engine", ENGINES, ids=str)
+def test_the_doctor_tells_of_just_the_servers_that_keep_half_a_change(engine: Engine) -> None:
+    """Of a torn file. They apply it at the start behind that which cut it off."""
+    with Server(engine, "--appendfsync", "always") as server, FlowManager.from_url(server.url) as flows:
+        flow = tear(server, flows)
+        warned = warned_of_torn_files(flows)
+        flow = flows.update_state(flow.id, increment={"n": 1})
+        server.kill()
+        server.start()
+        assert (flows.get(flow.id) != flow) == warned
+        server.raw.config_set("aof-load-truncated", "no")
+        assert not warned_of_torn_files(flows)
+
+
 @pytest.mark.parametrize("engine", ENGINES, ids=str)
 def test_a_torn_file_that_is_written_anew_loses_whole_changes(engine: Engine) -> None:
     """Torn inside the last change. Without BGREWRITEAOF, Redis 7.0 and Valkey 8.1 apply half of it a start later."""
     with Server(engine, "--appendfsync", "always") as server, FlowManager.from_url(server.url) as flows:
-        flow = flows.create_mirrored(**IDENTITY, state={"n": 0})
-        for _ in range(3):
-            flow = flows.update_state(flow, {"x": flow.revision}, increment={"n": 1})
-        server.kill()
-        file = max(server.directory.rglob("*.incr.aof"), key=lambda path: path.stat().st_mtime)
-        written = file.read_bytes()
-        file.write_bytes(written[: written.rfind(b"XADD") + 2])
-        server.start()
+        flow = tear(server, flows)
         (left,) = flows.get_many([flow.id])
         assert left is not None
         assert (left.revision, left.state["n"]) == (3, 2)

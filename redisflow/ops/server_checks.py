@@ -21,6 +21,8 @@ _LAST_ERRORS = {
     "aof_last_bgrewrite_status": (Severity.WARNING, "the last rewrite of the append-only file failed"),
 }
 
+_CUTS_RIGHT = (9, 1, 2)  # valkey-io/valkey#4342; Redis 7.0.15 does not, and of no other is it known
+
 
 def examine_server(namespace: Namespace, findings: Findings) -> Generator[Read | Primaries, Any, None]:
     """Look at the settings and the state of each server, and at the namespace's settings."""
@@ -38,7 +40,7 @@ def _examine_one(slot: int | None, findings: Findings, *, several: bool) -> Gene
     info_reply, config_reply = yield Read(
         [
             command(slot, b"INFO"),
-            command(slot, b"CONFIG", b"GET", b"save", b"min-replicas-to-write"),
+            command(slot, b"CONFIG", b"GET", b"save", b"min-replicas-to-write", b"aof-load-truncated"),
         ],
         tolerant=True,
     )
@@ -48,13 +50,14 @@ def _examine_one(slot: int | None, findings: Findings, *, several: bool) -> Gene
     info = read_info(info_reply)
     config: Mapping[str, str] | None = None
     if isinstance(config_reply, FlowError):
-        findings.unavailable("snapshots and min-replicas-to-write", "CONFIG GET", config_reply)
+        findings.unavailable("snapshots, min-replicas-to-write and aof-load-truncated", "CONFIG GET", config_reply)
     else:
         names, values = config_reply[::2], config_reply[1::2]
         config = {readable(name): readable(value) for name, value in zip(names, values, strict=True)}
     found = [Finding(Severity.OK, "server", " ".join(product_of(info))), _eviction(info)]
     for finding in (*found, *_persistence(info, config), *_replication(info, config)):
-        what = f"node {info.get('tcp_port')}: {finding.what}" if several else finding.what
+        # The port alone would not do: nodes on several machines have the same one.
+        what = f"node with slot {slot}, port {info.get('tcp_port')}: {finding.what}" if several else finding.what
         findings.add(attrs.evolve(finding, what=what))
 
 
@@ -75,6 +78,13 @@ def _persistence(info: Mapping[str, str], config: Mapping[str, str] | None) -> I
     if info.get("aof_enabled") == "1":
         what = "append-only file" + (f", snapshots {snapshots}" if snapshots else "")
         yield Finding(Severity.OK, "persistence", what)
+        if (config or {}).get("aof-load-truncated") == "yes" and not _cuts_right(info):
+            yield Finding(
+                Severity.INFO,
+                "persistence",
+                "of an append-only file torn in a crash, this version keeps half a change and applies it later",
+                advice="where the log of a start says `Truncating the AOF`, send BGREWRITEAOF",
+            )
     elif snapshots == "":
         yield Finding(
             Severity.WARNING,
@@ -98,6 +108,12 @@ def _persistence(info: Mapping[str, str], config: Mapping[str, str] | None) -> I
                 what,
                 advice="read the server's log; look for a full disk: until it is mended, changes may be refused",
             )
+
+
+def _cuts_right(info: Mapping[str, str]) -> bool:
+    """Whether a torn append-only file is cut off before the transaction it is torn in."""
+    product, version = product_of(info)
+    return product == "Valkey" and tuple(int(part) for part in version.split(".") if part.isdigit()) >= _CUTS_RIGHT
 
 
 def _replication(info: Mapping[str, str], config: Mapping[str, str] | None) -> Iterator[Finding]:

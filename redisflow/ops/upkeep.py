@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Mapping
 from datetime import timedelta
 from typing import Any
 
@@ -184,7 +184,7 @@ def read_info(reply: bytes) -> dict[str, str]:
     return dict(line.split(":", 1) for line in reply.decode().splitlines() if ":" in line)
 
 
-def product_of(info: dict[str, str]) -> tuple[str, str]:
+def product_of(info: Mapping[str, str]) -> tuple[str, str]:
     """The server's product and version. A Valkey has a `redis_version` too."""
     if "valkey_version" in info:
         return "Valkey", info["valkey_version"]
