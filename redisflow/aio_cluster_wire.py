@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from redisflow.aio_wire import AsyncWire
 from redisflow.calls import Again, Block, Lost, Packet, Primaries, Refusal, Reply
-from redisflow.cluster_wire import ANSWER_WITHIN_S, LOOK_EVERY_S
+from redisflow.cluster_wire import ANSWER_WITHIN_S, LOOK_EVERY_S, NO_NODE_ANSWERS
 from redisflow.singleflight import AsyncSingleFlight
 from redisflow.topology import SLOTS_COMMAND, Address, Part, Topology, no_cluster, uncovered
 
@@ -34,7 +34,7 @@ class AsyncClusterWire:
         self._topology = Topology(cluster.seeds, cluster.remap)
         self._wires: dict[Address, AsyncWire] = {}
         self._wire_of: dict[int | None, AsyncWire] = {}  # by slot, as long as the topology stays
-        self._looking = AsyncSingleFlight[None](self._ask_around, slack_s=LOOK_EVERY_S)
+        self._looking = AsyncSingleFlight[None](self._ask_around, failing=NO_NODE_ANSWERS, slack_s=LOOK_EVERY_S)
 
     def exchange(self, packet: Packet) -> Awaitable[list[Reply]]:
         """Send the commands of a packet to their nodes and read a reply for each.
@@ -126,13 +126,13 @@ class AsyncClusterWire:
         await self._looking(until_s, again)
 
     async def _ask_around(self, again: Again | None) -> None:
-        failure = Lost("no node of the cluster answers", sent=False)
+        failure = Lost(NO_NODE_ANSWERS, sent=False)
         for address in self._topology.informants(again):
             try:
                 packet = Packet((None,), (SLOTS_COMMAND,), time.monotonic() + ANSWER_WITHIN_S)
                 (reply,) = await self._at(address).exchange(packet)
             except Lost as lost:
-                message = f"no node of the cluster answers: {lost}"
+                message = f"{NO_NODE_ANSWERS}: {lost}"
                 failure = Lost(message, sent=False, lasting=lost.lasting, code=lost.code)
                 failure.__cause__ = lost.__cause__
                 continue

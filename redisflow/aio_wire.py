@@ -19,6 +19,8 @@ from redisflow.sentinel import Sentinels, ended
 from redisflow.singleflight import AsyncSingleFlight
 from redisflow.wire import (
     CLIENT_ID,
+    NO_SENTINEL_ANSWERS,
+    NO_SENTINEL_COUNTS,
     SETTLE_S,
     Line,
     Replicas,
@@ -57,8 +59,8 @@ class AsyncWire:
         self._slots = asyncio.Semaphore(max_connections)
         self._replicas = Replicas(endpoint.socket_timeout_s)
         self._era, self._counted = 0, -1
-        self._finding = AsyncSingleFlight[Any](self._find)
-        self._counting = AsyncSingleFlight[None](self._count)
+        self._finding = AsyncSingleFlight[Any](self._find, failing=NO_SENTINEL_ANSWERS)
+        self._counting = AsyncSingleFlight[None](self._count, failing=NO_SENTINEL_COUNTS)
         self._closed = False
         self._watching: asyncio.Task[None] | None = None
         if endpoint.sentinels is not None:

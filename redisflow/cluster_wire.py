@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 LOOK_EVERY_S = 0.1  # at most so often the nodes are asked who has what
 ANSWER_WITHIN_S = 1.0  # or another node is asked
+NO_NODE_ANSWERS = "no node of the cluster answers"
 
 
 class ClusterWire:
@@ -30,7 +31,7 @@ class ClusterWire:
         self._topology = Topology(cluster.seeds, cluster.remap)
         self._wires: dict[Address, Wire] = {}
         self._lock = threading.Lock()
-        self._looking = SingleFlight[None](self._ask_around, slack_s=LOOK_EVERY_S)
+        self._looking = SingleFlight[None](self._ask_around, failing=NO_NODE_ANSWERS, slack_s=LOOK_EVERY_S)
         self._wire_of: dict[int | None, Wire] = {}  # by slot, as long as the topology stays
 
     def exchange(self, packet: Packet) -> list[Reply]:
@@ -131,13 +132,13 @@ class ClusterWire:
         self._looking(until_s, again)
 
     def _ask_around(self, again: Again | None) -> None:
-        failure = Lost("no node of the cluster answers", sent=False)
+        failure = Lost(NO_NODE_ANSWERS, sent=False)
         for address in self._topology.informants(again):
             try:
                 packet = Packet((None,), (SLOTS_COMMAND,), time.monotonic() + ANSWER_WITHIN_S)
                 (reply,) = self._at(address).exchange(packet)
             except Lost as lost:
-                message = f"no node of the cluster answers: {lost}"
+                message = f"{NO_NODE_ANSWERS}: {lost}"
                 failure = Lost(message, sent=False, lasting=lost.lasting, code=lost.code)
                 failure.__cause__ = lost.__cause__
                 continue

@@ -20,7 +20,8 @@ T = TypeVar("T")
 class _Latest(Generic[T]):
     """The latest outcome, and when it was asked for."""
 
-    def __init__(self, slack_s: float) -> None:
+    def __init__(self, failing: str, slack_s: float) -> None:
+        self._failing = failing
         self._slack_s = slack_s
         self._asked_s = -math.inf
         self._outcome: T | Exception
@@ -37,6 +38,10 @@ class _Latest(Generic[T]):
         """Take in an outcome."""
         self._asked_s, self._outcome = asked_s, outcome
 
+    def late(self) -> Lost:
+        """The failure of who could not wait for an answer."""
+        return Lost(f"{self._failing}: the deadline passed", sent=False)
+
     def result(self) -> T:
         """The answer, or the failure, raised."""
         if isinstance(self._outcome, Exception):
@@ -47,10 +52,16 @@ class _Latest(Generic[T]):
 class SingleFlight(Generic[T]):
     """Asks for many threads."""
 
-    def __init__(self, ask: Callable[..., T], *, slack_s: float = 0.0) -> None:
-        """Ask by calling `ask`, and serve with its answer who comes up to `slack_s` seconds later, too."""
+    def __init__(self, ask: Callable[..., T], *, failing: str = "cannot connect", slack_s: float = 0.0) -> None:
+        """Ask by calling `ask`.
+
+        Args:
+            ask: asks.
+            failing: what to say where there is no answer in time.
+            slack_s: how many seconds later one may come and be served with the same answer.
+        """
         self._ask = ask
-        self._latest = _Latest[T](slack_s)
+        self._latest = _Latest[T](failing, slack_s)
         self._lock = threading.Lock()
 
     def __call__(self, until_s: float, *args: Any) -> T:
@@ -62,7 +73,7 @@ class SingleFlight(Generic[T]):
         latest, since_s = self._latest, self._latest.wanted_since()
         left_s = until_s - time.monotonic()
         if not self._lock.acquire(timeout=min(max(left_s, 0.0), threading.TIMEOUT_MAX)):
-            raise _late()
+            raise latest.late()
         try:
             if not latest.serves(since_s):
                 asked_s = time.monotonic()
@@ -78,10 +89,12 @@ class SingleFlight(Generic[T]):
 class AsyncSingleFlight(Generic[T]):
     """Asks for many tasks."""
 
-    def __init__(self, ask: Callable[..., Awaitable[T]], *, slack_s: float = 0.0) -> None:
+    def __init__(
+        self, ask: Callable[..., Awaitable[T]], *, failing: str = "cannot connect", slack_s: float = 0.0
+    ) -> None:
         """Ask as `SingleFlight` does."""
         self._ask = ask
-        self._latest = _Latest[T](slack_s)
+        self._latest = _Latest[T](failing, slack_s)
         self._lock = asyncio.Lock()
 
     async def __call__(self, until_s: float, *args: Any) -> T:
@@ -103,9 +116,5 @@ class AsyncSingleFlight(Generic[T]):
                 return latest.result()
         except TimeoutError:
             if deadline.expired():
-                raise _late() from None
+                raise latest.late() from None
             raise
-
-
-def _late() -> Lost:
-    return Lost("the deadline passed before it was known where to send it", sent=False)

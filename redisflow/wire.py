@@ -42,6 +42,8 @@ MAX_BLOCK_S = 2.0
 _STOP_WITHIN_S = 0.1  # how soon a thread that listens sees that it should stop
 SETTLE_S = 0.005  # messages come in bursts, and one look is enough for each
 _SHARE_TO_WAIT = 0.9  # of the time left for a packet: its reply must be back before that is over
+NO_SENTINEL_ANSWERS = "no Sentinel answers"
+NO_SENTINEL_COUNTS = "no Sentinel says how many replicas there are"
 CLIENT_ID = (b"CLIENT", b"ID")
 ASKING = (b"ASKING",)
 _TOUCH = b"""#!lua flags=allow-oom
@@ -242,14 +244,14 @@ def counted(told: Sequence[Any]) -> int:
     """
     counts = [len(replicas) for replicas in told if not isinstance(replicas, BaseException)]
     if not counts:
-        raise not_sent(told[0], "no Sentinel says how many replicas there are")
+        raise not_sent(told[0], NO_SENTINEL_COUNTS)
     return max(counts)
 
 
 def unnamed(name: str, told: Sequence[Any]) -> Lost:
     """The loss of what is for a primary that no Sentinel names, by what they said of all, or failed with."""
     if all(isinstance(answer, BaseException) for answer in told):
-        return not_sent(told[0], "no Sentinel answers")
+        return not_sent(told[0], NO_SENTINEL_ANSWERS)
     return Lost(f"no Sentinel knows a primary {name!r} that is up", sent=False)
 
 
@@ -277,8 +279,8 @@ class Wire:
         for _ in range(self._max_connections):
             self._slots.put(None)
         self._closed = False
-        self._finding = SingleFlight[Any](self._find)
-        self._counting = SingleFlight[None](self._count)
+        self._finding = SingleFlight[Any](self._find, failing=NO_SENTINEL_ANSWERS)
+        self._counting = SingleFlight[None](self._count, failing=NO_SENTINEL_COUNTS)
         sentinels = self._endpoint.sentinels
         self._watching = None if sentinels is None else Watching(sentinels, self.renew)
 
