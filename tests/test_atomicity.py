@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 from uuid import UUID, uuid4
@@ -11,12 +13,12 @@ from uuid import UUID, uuid4
 import attrs
 import msgpack
 import pytest
+import redis
 
 from redisflow import ExternalEvent, Flow, FlowError, FlowStatus, InvalidData, Timer
 from tests.support.subjects import BACKENDS, STATE, WHO, Backend, Servers, Subject, create, flow_in, observed
 
 if TYPE_CHECKING:
-    import redis
     from redis.typing import EncodableT, FieldT
 
     from tests.support.servers import Engine
@@ -259,6 +261,81 @@ def test_a_flow_of_the_wrong_type_hides_no_other(subject: Subject, caplog: pytes
     subject.raw.set(key, "junk")
     assert flows.list_by_status("created") == [first, last]
     assert flows.list_by_owner(WHO["owner_session_key"]) == [last, first]
+
+
+# --- what scripts run ------------------------------------------------------------------------------------
+
+
+@attrs.frozen
+class Run:
+    """One run of a script: the keys it was given, and what it had the server do."""
+
+    keys: frozenset[bytes]
+    commands: list[list[bytes]] = attrs.field(factory=list)
+
+
+@contextmanager
+def monitored(subject: Subject) -> Iterator[list[Run]]:
+    """Every script that ran in the block, as MONITOR tells of it."""
+    assert subject.backend.server is not None
+    runs: list[Run] = []
+    connection: Any = redis.Connection  # redis-py does not annotate it
+    monitor = connection(port=subject.backend.server.port)
+    monitor.send_command("MONITOR")
+    assert monitor.read_response() == b"OK"
+    try:
+        yield runs
+        subject.raw.echo("the end")
+        while b"the end" not in (line := monitor.read_response()):
+            words = [word.replace(rb"\"", b'"') for word in re.findall(rb'"((?:[^"\\]|\\.)*)"', line)]
+            if b" lua] " in line:
+                runs[-1].commands.append(words)
+            elif words[0] in {b"EVALSHA", b"EVAL"}:
+                runs.append(Run(frozenset(words[3 : 3 + int(words[2])])))
+    finally:
+        monitor.disconnect()
+
+
+# Those a key can be touched by, and TIME and PUBLISH. None deletes something large at once, as DEL does, or is slow
+# with everything there is, as KEYS is, or lets a key expire.
+KEYED = {
+    b"COPY", b"EXISTS", b"HDEL", b"HEXISTS", b"HGET", b"HGETALL", b"HINCRBY", b"HKEYS", b"HLEN", b"HMGET", b"HSET",
+    b"RENAME", b"UNLINK", b"XADD", b"XLEN", b"XRANGE", b"XREVRANGE", b"ZADD", b"ZCARD", b"ZRANGE", b"ZREM", b"ZSCORE",
+}  # fmt: skip
+SEEN: dict[str, Callable[[Any, Flow], object]] = {
+    **{name: operation.call for name, operation in OPERATIONS.items()},
+    "an op id of the caller's": lambda flows, flow: flows.append_event(flow, "note", op_id="ab" * 16),
+    "a view's reads": lambda flows, flow: flows.for_owner(WHO["owner_session_key"]).list_events(flow),
+    "a repair": lambda flows, _: flows.doctor(repair=True),
+}
+
+
+@pytest.mark.parametrize("name", SEEN)
+def test_a_script_touches_the_keys_it_declares_and_no_other(subject: Subject, name: str) -> None:
+    """Or a cluster would part a flow, and a user's rights end midway. Ids of events are the server's."""
+    flows = subject.manager()
+    begin = OPERATIONS[name].begin if name in OPERATIONS else "waiting"
+    flow = flow_in(flows, begin or "created", wait=WAIT)
+    if begin is None:
+        flows.delete(flow)
+    with monitored(subject) as runs:
+        SEEN[name](flows, flow)
+    assert any(run.commands for run in runs)
+    for run in runs:
+        for words in run.commands:
+            command, *rest = [words[0].upper(), *words[1:]]
+            if command in {b"TIME", b"PUBLISH"}:
+                continue
+            assert command in KEYED
+            assert set(keys_in(subject, words)) <= run.keys, f"{name}: {words} without its key declared"
+            if command == b"XADD":
+                assert b"*" in rest[: rest.index(b"rev")]
+
+
+def keys_in(subject: Subject, words: list[bytes]) -> list[bytes]:
+    """The keys of a command, as the server sees them."""
+    keys: list[str] = subject.raw.execute_command("COMMAND GETKEYS", *words)  # type: ignore[no-untyped-call]  # redis-py's
+    return [key.encode() for key in keys]
 
 
 # --- damaged fields ------------------------------------------------------------------------------------
