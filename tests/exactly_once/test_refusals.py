@@ -180,13 +180,16 @@ def test_a_server_out_of_memory_refuses_growth_and_lets_work_end(lone: Server, b
     with FlowManager.from_url(lone.url, deadline_s=60) as manager:
         flows = manager.for_owner("o") if bound else manager
         running = {name: prepared(flows, FlowStatus.RUNNING) for name in ("finish", "fail", "cancel", "delete", "grow")}
-        waiting = prepared(flows, FlowStatus.WAITING)
+        waiting, created = prepared(flows, FlowStatus.WAITING), prepared(flows, FlowStatus.CREATED)
         client.config_set("maxmemory", 1)
         keys, events = client.dbsize(), flows.list_events(running["grow"])
         for growth in (
             lambda: flows.create_managed(**IDENTITY),
             lambda: flows.create_mirrored(**IDENTITY),
+            lambda: flows.start_running(created),
             lambda: flows.update_state(running["grow"], {"a": 1}),
+            lambda: flows.update_and_append(running["grow"], "note"),
+            lambda: flows.mutate(running["grow"], lambda now: now, kind="looked"),
             lambda: flows.append_event(running["grow"], "note"),
             lambda: flows.record_step_observation(StepObservation(running["grow"], "run", "task", "running")),
             lambda: flows.set_waiting(running["grow"], Manual()),
@@ -196,7 +199,7 @@ def test_a_server_out_of_memory_refuses_growth_and_lets_work_end(lone: Server, b
             assert not isinstance(refused.value, OutcomeUnknown)
         assert client.dbsize() == keys
         assert flows.list_events(running["grow"]) == events
-        assert flows.get(running["grow"]) == running["grow"]
+        assert flows.get_many([running["grow"], created]) == [running["grow"], created]
         assert flows.finish(running["finish"], {"a": 1}).status == "finished"
         assert flows.fail(running["fail"], "broken").status == "failed"
         assert flows.cancel(running["cancel"]).status == "cancelled"
