@@ -37,8 +37,9 @@ class LosingFirst:
         if (call := sent(command)) is None:
             return PASS
         _, op, span = call
-        self.spans.setdefault(op, []).append(span)
-        return PASS if span else CUT_REPLY
+        spans = self.spans.setdefault(op, [])
+        spans.append(span)
+        return CUT_REPLY if len(spans) == 1 else PASS
 
     def assert_only_we_sent_again(self, op_id: str) -> None:
         """The second sending says that it is one; a client's own would be the first, word for word."""

@@ -11,11 +11,20 @@ from typing import Any
 import attrs
 import pytest
 
-from redisflow import AsyncFlowManager, Flow, InvalidData, Manual, NotDurable, RevisionMismatch, StorageError
+from redisflow import (
+    AsyncFlowManager,
+    Flow,
+    InvalidData,
+    Manual,
+    NotDurable,
+    OutcomeUnknown,
+    RevisionMismatch,
+    StorageError,
+)
 from redisflow.ops.namespace import op_id_of
 from tests.beyond_one_server.conftest import Open
 from tests.support.clusters import Cluster
-from tests.support.proxy import FaultProxy
+from tests.support.proxy import HANG_REPLY, PASS, Fault, FaultProxy
 from tests.support.servers import ENGINES, Engine, Server
 from tests.support.subjects import VERBS, WHO, flow_in, observed, source_of
 from tests.support.waiting import wait_until
@@ -167,6 +176,26 @@ def test_a_lost_reply_is_settled_and_confirmed(open_url: Open, flows: Any, group
         proxy.cut_next_reply()
         assert through.update_state(flow, {"x": 1}).revision == flow.revision + 1
         assert proxy.faults["cut_reply"] == 1
+
+
+def test_the_wait_is_sent_behind_the_change_without_awaiting_its_reply(open_url: Open, group: Group) -> None:
+    """So that it costs no round trip: with the change's reply held up, the wait has been sent."""
+    with FaultProxy(group.primary.port) as proxy:
+        flows = open_url(f"{proxy.url}?socket_timeout=1", prefix="one-packet", durability="all", deadline_s=0.1)
+        flow = flows.create_mirrored(**WHO)
+        flows.update_state(flow, {"x": 0})  # the server knows the script
+        behind: list[bytes] = []
+
+        def plan(command: list[bytes]) -> Fault:
+            if command[0] == b"EVALSHA":
+                return HANG_REPLY
+            behind.append(command[0])
+            return PASS
+
+        proxy.plan = plan
+        with pytest.raises(OutcomeUnknown):
+            flows.update_state(flow, {"x": 1})
+        assert b"WAIT" in behind
 
 
 def test_each_verb_of_a_batch_says_so(group: Group) -> None:

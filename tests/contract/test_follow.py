@@ -14,7 +14,7 @@ import pytest
 from redisflow import AlreadyTerminal, FlowEvent, FlowNotFound, FlowStatus, Timer
 from redisflow.calls import Block, Read
 from redisflow.ops import follow
-from tests.support.proxy import FaultProxy
+from tests.support.proxy import HANG, PASS, Fault, FaultProxy
 from tests.support.subjects import create, flow_in
 from tests.support.waiting import wait_until
 
@@ -265,11 +265,11 @@ def test_wait_for_has_no_window_between_reading_and_blocking(subject: Subject) -
 
 
 @contextmanager
-def proxied(subject: Subject) -> Iterator[tuple[FaultProxy, Any]]:
-    """A manager that goes through a proxy."""
+def proxied(subject: Subject, options: str = "") -> Iterator[tuple[FaultProxy, Any]]:
+    """A manager that goes through a proxy; `options` are the URL's."""
     assert subject.backend.server is not None
     with FaultProxy(subject.backend.server.port) as proxy:
-        manager = subject.manager(proxy.url)
+        manager = subject.manager(proxy.url + options)
         yield proxy, manager
         manager.close()
 
@@ -289,6 +289,62 @@ def test_a_watch_resumes_after_a_lost_connection(real_subject: Subject) -> None:
         direct.finish(flow)
         assert watch.join().error is None
         assert watch.items == list(direct.iter_events(flow))
+
+
+@pytest.mark.parametrize("follow_by", ["watch", "wait_for"])
+def test_silence_is_not_taken_for_a_loss(real_subject: Subject, follow_by: str) -> None:
+    """Blocks are shorter than the socket timeout, so nothing is connected anew; and each names an id, never `$`."""
+    direct = real_subject.rival()
+    flow = flow_in(direct, "running")
+    blocks: list[list[bytes]] = []
+
+    def plan(command: list[bytes]) -> Fault:
+        if b"BLOCK" in command:
+            blocks.append(command)
+        return PASS
+
+    with proxied(real_subject, "?socket_timeout=2") as (proxy, flows):
+        proxy.plan = plan
+        following: dict[str, Any] = {
+            "watch": lambda: [event.kind for event in flows.watch(flow)],
+            "wait_for": lambda: flows.wait_for(flow).status,
+        }
+        follower = Background(following[follow_by])
+        wait_until(lambda: blocks, description="it blocks")
+        before = proxy.connections
+        wait_until(lambda: len(blocks) >= 4, description="it has been silent for longer than the socket timeout")
+        direct.finish(flow)
+        assert follower.join().error is None
+        assert follower.value == (["finished"] if follow_by == "watch" else "finished")
+        assert proxy.connections == before
+    for command in blocks:
+        arguments = dict(zip(command[1:5:2], command[2:6:2], strict=True))
+        assert 0 < int(arguments[b"BLOCK"]) < 2000
+        assert command[-1].partition(b"-")[0].isdigit()
+
+
+def test_a_watch_from_now_on_misses_nothing_of_a_lost_connection(real_subject: Subject) -> None:
+    """Cut before its first event came: "now" stays when it was."""
+    direct = real_subject.rival()
+    flow = flow_in(direct, "running")
+    with proxied(real_subject) as (proxy, flows):
+        lost = threading.Event()
+
+        def plan(command: list[bytes]) -> Fault:
+            if b"BLOCK" in command and not lost.is_set():
+                lost.set()
+                return HANG
+            return PASS
+
+        proxy.plan = plan
+        watch = Background(lambda: flows.watch(flow))
+        assert lost.wait(15)
+        direct.append_event(flow, "note")
+        proxy.sever()
+        wait_until(partial(watch.has, 1), description="the event is seen")
+        direct.finish(flow)
+        assert watch.join().error is None
+        assert kinds(watch.items) == ["note", "finished"]
 
 
 def test_waiting_resumes_after_a_lost_connection(real_subject: Subject) -> None:
