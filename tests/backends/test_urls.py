@@ -13,6 +13,7 @@ import pytest
 
 from redisflow import AsyncFlowManager, FlowManager, InvalidData, StorageError
 from tests.support.certificates import certified
+from tests.support.proxy import FaultProxy
 from tests.support.servers import Engine, Server
 from tests.support.subjects import WHO, create, works
 
@@ -80,6 +81,29 @@ def test_a_namespace_is_its_prefix(server: Server, from_url: Any) -> None:
     create(second)
     assert second.get(flow.id) is None
     assert [len(flows.list_by_owner(WHO["owner_session_key"])) for flows in (first, second)] == [1, 1]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        "decode_responses=True",
+        "protocol=3&decode_responses=True&encoding=latin-1",
+        "retry_on_timeout=True&health_check_interval=1&max_connections=1",
+        "socket_timeout=0",
+    ],
+)
+def test_a_urls_options_do_not_get_in_the_way(server: Server, prefix: str, from_url: Any, options: str) -> None:
+    """Whatever redis-py would do by them: values come as they were stored, and a lost reply doubles nothing."""
+    with FaultProxy(server.port) as proxy:
+        flows = from_url(f"{proxy.url}?{options}", prefix=prefix)
+        works(flows)
+        flow = create(flows, state={"bytes": b"\xff", "text": "ü", "n": 0})
+        flow = flows.update_state(flow, increment={"n": 1})
+        proxy.cut_next_reply()
+        flow = flows.update_state(flow, increment={"n": 1})
+        assert proxy.faults["cut_reply"] == 1
+        assert flows.get(flow).state == {"bytes": b"\xff", "text": "ü", "n": 2}
+        assert flow.revision == 2
 
 
 # --- TLS -----------------------------------------------------------------------------------------------
