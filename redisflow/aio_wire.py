@@ -195,6 +195,8 @@ class AsyncWire:
         except MasterNotFoundError as error:  # it has just the kinds of the Sentinels' errors
             told = await self._told(sentinels, "sentinel_masters")
             raise unnamed(sentinels.name, told) from error
+        except (client_errors.RedisError, OSError) as error:
+            raise not_sent(error) from error
 
     async def _count(self, sentinels: Sentinels) -> None:
         """Ask the Sentinels how many replicas there are: in a failover the primary has lost sight of some."""
@@ -211,12 +213,10 @@ class AsyncWire:
     async def _open(self, until_s: float) -> Line:
         era = self._era
         connection, sentinels = self._endpoint.open(), self._endpoint.sentinels
+        primary = None if sentinels is None else await self._finding(until_s, sentinels)
         try:
             async with asyncio.timeout(until_s - time.monotonic()):
-                if sentinels is None:
-                    await connection.connect()
-                else:
-                    await connection.connect_to(await self._finding(until_s, sentinels))
+                await (connection.connect() if primary is None else connection.connect_to(primary))
                 (client_id,) = await _roundtrip(connection, [CLIENT_ID]) if self._endpoint.real_server else [None]
         except BaseException as error:
             await connection.disconnect(nowait=True)

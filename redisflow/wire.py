@@ -415,6 +415,8 @@ class Wire:
             return sentinels.asker.discover_master(sentinels.name)
         except MasterNotFoundError as error:  # it has just the kinds of the Sentinels' errors
             raise unnamed(sentinels.name, self._told(sentinels, "sentinel_masters")) from error
+        except (client_errors.RedisError, OSError) as error:
+            raise not_sent(error) from error
 
     def _count(self, sentinels: Sentinels) -> None:
         """Ask the Sentinels how many replicas there are: in a failover the primary has lost sight of some."""
@@ -436,11 +438,9 @@ class Wire:
     def _open(self, until_s: float) -> Line:
         era = self._era
         connection, sentinels = self._endpoint.open(), self._endpoint.sentinels
+        primary = None if sentinels is None else self._finding(until_s, sentinels)
         try:
-            if sentinels is None:
-                connection.connect()
-            else:
-                connection.connect_to(self._finding(until_s, sentinels))
+            connection.connect() if primary is None else connection.connect_to(primary)
             (client_id,) = _roundtrip(connection, [CLIENT_ID]) if self._endpoint.real_server else [None]
         except (client_errors.RedisError, OSError) as error:
             connection.disconnect()
