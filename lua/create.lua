@@ -41,6 +41,11 @@ redis.call('ZCARD', status_key)
 local now = redis.call('TIME')
 local created_at = now[1] .. string.format('%06d', now[2])
 local revision = n_events - 1
+-- The events first: no check could tell that a stream is at the greatest id there is.
+for event = 0, revision do
+  local kind, payload = unpack(ARGV, 7 + 2 * event, 8 + 2 * event)
+  redis.call('XADD', events_key, '*', 'rev', event, 'kind', kind, 'op', op, 'payload', payload)
+end
 -- What every change reads and writes comes first: a small hash is searched from its start.
 redis.call(
   'HSET', flow_key, 'status', status, 'etag', op, 'revision', revision, 'updated_at', created_at,
@@ -52,10 +57,6 @@ for from = fields_from, #ARGV, 4000 do
 end
 redis.call('ZADD', owner_key, created_at, flow_id)
 redis.call('ZADD', status_key, created_at, flow_id)
-for event = 0, revision do
-  local kind, payload = unpack(ARGV, 7 + 2 * event, 8 + 2 * event)
-  redis.call('XADD', events_key, '*', 'rev', event, 'kind', kind, 'op', op, 'payload', payload)
-end
 if is_new then
   -- Some 4 KB are allocated for what comes into a new stream. A copy has just what is in it, and grows as it must.
   redis.call('COPY', events_key, scratch_key, 'REPLACE')

@@ -54,8 +54,6 @@ if old and not (old_child and string.sub(old, 1, 3) == string.sub(head, 1, 3)
     and string.find(string.sub(old, HEAD_END + 1, CHILD_FROM - 1), '^\176%d+\176%d+$')) then
   return {'CORRUPT', 'step ' .. run_id}
 end
--- A key of the wrong type must fail here: a script that fails midway keeps what it wrote before.
-redis.call('XLEN', events_key)
 
 local now = redis.call('TIME')
 local observed_at = string.char(160 + TIME_LENGTH - 1) .. now[1] .. string.format('%06d', now[2])
@@ -68,7 +66,7 @@ if old then
   end
 end
 local step = head .. created_at .. observed_at .. child .. tail
-redis.call('HSET', steps_key, run_id, step)
+-- The event first: a script that fails midway keeps what it wrote before, and nothing behind this can fail.
 if EVENT_MAXLEN then
   redis.call(
     'XADD', events_key, 'MAXLEN', '~', EVENT_MAXLEN, '*', 'rev', revision, 'kind', kind, 'op', op, 'payload', payload
@@ -76,4 +74,5 @@ if EVENT_MAXLEN then
 else
   redis.call('XADD', events_key, '*', 'rev', revision, 'kind', kind, 'op', op, 'payload', payload)
 end
+redis.call('HSET', steps_key, run_id, step)
 return {'OK', step}

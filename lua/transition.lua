@@ -121,10 +121,10 @@ if n_unset then
     end
   end
 end
--- A script that fails midway keeps what it wrote before, so a key of the wrong type must fail here. The set that
--- is written first needs no check: its own failure is the first.
+-- A script that fails midway keeps what it wrote before, so a key of the wrong type must fail here. The event is
+-- written first and needs no check; nor could one tell that its stream is at the greatest id there is.
 local moves = target_key and target_key ~= source_key
-call('XLEN', events_key)
+call('ZCARD', target_key or source_key)
 if moves then
   call('ZCARD', source_key)
 end
@@ -136,6 +136,12 @@ end
 local now = call('TIME')
 local updated_at = now[1] .. string.sub('00000' .. now[2], -6)
 
+local event_id = EVENT_MAXLEN
+  and call(
+    'XADD', events_key, 'MAXLEN', '~', EVENT_MAXLEN, '*', 'rev', next_revision, 'kind', kind, 'op', op,
+    'payload', payload
+  )
+  or call('XADD', events_key, '*', 'rev', next_revision, 'kind', kind, 'op', op, 'payload', payload)
 call('ZADD', target_key or source_key, updated_at, flow_id)
 if moves then
   call('ZREM', source_key, flow_id)
@@ -194,13 +200,6 @@ end
 if waiter and waiter ~= '' then
   call('ZADD', waiters_key, 0, waiter .. flow_id)
 end
-local event_id = EVENT_MAXLEN
-  and call(
-    'XADD', events_key, 'MAXLEN', '~', EVENT_MAXLEN, '*', 'rev', next_revision, 'kind', kind, 'op', op,
-    'payload', payload
-  )
-  or call('XADD', events_key, '*', 'rev', next_revision, 'kind', kind, 'op', op, 'payload', payload)
-
 if not current then
   return {'FLOW', call('HGETALL', flow_key), event_id, next_revision}
 end

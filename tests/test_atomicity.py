@@ -197,6 +197,23 @@ def test_a_key_of_the_wrong_type_stops_a_change_before_it_begins(subject: Subjec
     assert flows.get(bystander.id) == bystander
 
 
+@pytest.mark.parametrize("name", [name for name, operation in OPERATIONS.items() if "events" in operation.touches])
+def test_a_trail_that_takes_no_more_stops_a_change_before_it_begins(subject: Subject, name: str) -> None:
+    """Somebody gave it the greatest id there is: a FlowError, and every key of the namespace as it was."""
+    flows, operation = subject.manager(), OPERATIONS[name]
+    bystander = flow_in(flows, "waiting", wait=WAIT)
+    flow = attrs.evolve(bystander, id=UUID(int=bystander.id.int ^ 2**64))
+    if operation.begin is not None:
+        flow = flow_in(flows, operation.begin, wait=WAIT)
+    key = key_of(subject, flow.id, "events")
+    subject.raw.xadd(key, {"rev": 0, "kind": "note", "op": "0", "payload": b"\xc0"}, id=f"{2**64 - 1}-{2**64 - 1}")
+    before = dump(subject)
+    with pytest.raises(FlowError):
+        operation.call(flows, flow)
+    assert dump(subject) == before
+    subject.raw.delete(*subject.all_keys())
+
+
 @pytest.mark.parametrize("key_name", ["events", "steps"])
 def test_deletion_is_whole_whatever_trail_and_steps_are(subject: Subject, key_name: str) -> None:
     """A key that is only removed may be of any type: all of the flow goes, or nothing."""
