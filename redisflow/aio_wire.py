@@ -159,7 +159,7 @@ class AsyncWire:
     async def _exchange_over(self, idle: deque[Line], packet: Packet) -> list[Reply]:
         confirm, sentinels = packet.confirm, self._endpoint.sentinels
         if confirm is not None and confirm.replicas is None and sentinels is not None and self._counted != self._era:
-            await self._counting(packet.until_s, sentinels)
+            await self._counting(packet.until_s, sentinels, packet.until_s)
         line = idle.pop() if idle else await self._open(packet.until_s)
         kills = line.kills(packet.again)
         wait = None if confirm is None else self._replicas.wait(confirm, packet.until_s)
@@ -188,32 +188,37 @@ class AsyncWire:
             await self._drop(idle)
         return replies
 
-    async def _find(self, sentinels: Sentinels) -> Any:
+    async def _find(self, sentinels: Sentinels, until_s: float) -> Any:
         """Ask the Sentinels for the primary's address."""
         try:
-            return await sentinels.asker.discover_master(sentinels.name)
+            async with asyncio.timeout(until_s - time.monotonic()):
+                return await sentinels.asker.discover_master(sentinels.name)
         except MasterNotFoundError as error:  # it has just the kinds of the Sentinels' errors
-            told = await self._told(sentinels, "sentinel_masters")
+            told = await self._told(sentinels, until_s, "sentinel_masters")
             raise unnamed(sentinels.name, told) from error
         except (client_errors.RedisError, OSError) as error:
-            raise not_sent(error) from error
+            raise not_sent(error, NO_SENTINEL_ANSWERS) from error
 
-    async def _count(self, sentinels: Sentinels) -> None:
+    async def _count(self, sentinels: Sentinels, until_s: float) -> None:
         """Ask the Sentinels how many replicas there are: in a failover the primary has lost sight of some."""
         era = self._era
-        self._replicas.expect(counted(await self._told(sentinels, "sentinel_slaves", sentinels.name)))
+        self._replicas.expect(counted(await self._told(sentinels, until_s, "sentinel_slaves", sentinels.name)))
         self._counted = era
 
     @staticmethod
-    async def _told(sentinels: Sentinels, question: str, *args: str) -> list[Any]:
+    async def _told(sentinels: Sentinels, until_s: float, question: str, *args: str) -> list[Any]:
         """What each of the Sentinels answers, or the error instead."""
-        asked = (getattr(client, question)(*args) for client in sentinels.clients)
-        return await asyncio.gather(*asked, return_exceptions=True)
+
+        async def ask(client: Any) -> Any:
+            async with asyncio.timeout(until_s - time.monotonic()):
+                return await getattr(client, question)(*args)
+
+        return await asyncio.gather(*map(ask, sentinels.clients), return_exceptions=True)
 
     async def _open(self, until_s: float) -> Line:
         era = self._era
         connection, sentinels = self._endpoint.open(), self._endpoint.sentinels
-        primary = None if sentinels is None else await self._finding(until_s, sentinels)
+        primary = None if sentinels is None else await self._finding(until_s, sentinels, until_s)
         try:
             async with asyncio.timeout(until_s - time.monotonic()):
                 await (connection.connect() if primary is None else connection.connect_to(primary))

@@ -1,7 +1,7 @@
 """Who hears from Sentinel that another server has become the primary.
 
-A planned failover leaves the old one acknowledging writes
-for seconds, so connections must not wait to be broken: they are left as soon as a Sentinel says so.
+A planned failover leaves the old one acknowledging writes for seconds, so connections must not wait to be broken: they
+are left as soon as a Sentinel says so.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import asyncio
 import logging
 import threading
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import suppress
 from typing import Any
 
@@ -20,7 +21,7 @@ from redis import exceptions as client_errors
 log = logging.getLogger("redisflow")
 
 _AGAIN_AFTER_S = 1.0
-_CANCEL_EVERY_S = 0.1
+_CANCEL_EVERY_S = 5.0  # no sooner, or the second would cut short the closing of connections that the first began
 _NEWS = ("+switch-master", "+promoted-slave")  # the second is heard first, from the Sentinel that leads the failover
 
 
@@ -63,6 +64,9 @@ class Sentinels:
                 log.warning("a Sentinel does not tell of a new primary, so the old one is left late: %s", error)
                 return
             except (client_errors.RedisError, OSError):
+                task = asyncio.current_task()
+                if task is not None and task.cancelling():
+                    return  # an error on the way took the cancellation's place
                 await asyncio.sleep(_AGAIN_AFTER_S)
 
 
@@ -71,9 +75,9 @@ class Watching:
 
     def __init__(self, sentinels: Sentinels, switched: Callable[[], None]) -> None:
         """Begin."""
-        self._loop = asyncio.new_event_loop()
         self._sentinels = sentinels
         self._switched = switched
+        self._begun: Future[tuple[asyncio.AbstractEventLoop, asyncio.Task[None]]] = Future()
         self._thread = threading.Thread(target=self._run, name="redisflow-sentinel", daemon=True)
         self._thread.start()
 
@@ -81,23 +85,24 @@ class Watching:
         async def switched() -> None:
             self._switched()
 
-        with asyncio.Runner(loop_factory=lambda: self._loop) as runner, suppress(asyncio.CancelledError):
-            runner.run(self._sentinels.watch(switched))
+        async def watch() -> None:
+            watching = asyncio.create_task(self._sentinels.watch(switched))
+            self._begun.set_result((asyncio.get_running_loop(), watching))
+            await asyncio.wait({watching})
+
+        asyncio.run(watch())
 
     def close(self) -> None:
         """End."""
-        while self._thread.is_alive():  # once may not be enough: an error on the way can take a cancellation's place
+        loop, watching = self._begun.result()
+        while self._thread.is_alive():
             with suppress(RuntimeError):  # the loop has closed
-                self._loop.call_soon_threadsafe(self._cancel)
+                loop.call_soon_threadsafe(watching.cancel)
             self._thread.join(_CANCEL_EVERY_S)
-
-    def _cancel(self) -> None:
-        for task in asyncio.all_tasks(self._loop):
-            task.cancel()
 
 
 async def ended(watching: asyncio.Task[None]) -> None:
     """End a watch in this event loop."""
-    while not watching.done():  # as above
+    while not watching.done():
         watching.cancel()
         await asyncio.wait({watching}, timeout=_CANCEL_EVERY_S)

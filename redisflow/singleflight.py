@@ -65,7 +65,7 @@ class SingleFlight(Generic[T]):
         self._lock = threading.Lock()
 
     def __call__(self, until_s: float, *args: Any) -> T:
-        """An answer asked for since this call, at the latest at `until_s`.
+        """An answer asked for since this call; others are waited for at most until `until_s`.
 
         Raises:
             Lost: others were still asking by then.
@@ -98,23 +98,24 @@ class AsyncSingleFlight(Generic[T]):
         self._lock = asyncio.Lock()
 
     async def __call__(self, until_s: float, *args: Any) -> T:
-        """An answer asked for since this call, at the latest at `until_s`.
+        """An answer asked for since this call; others are waited for at most until `until_s`.
 
         Raises:
-            Lost: none came by then.
+            Lost: others were still asking by then.
         """
         latest, since_s = self._latest, self._latest.wanted_since()
-        deadline = asyncio.timeout(until_s - time.monotonic())
         try:
-            async with deadline, self._lock:
-                if not latest.serves(since_s):
-                    asked_s = time.monotonic()
-                    try:
-                        latest.note(asked_s, await self._ask(*args))
-                    except Exception as error:  # noqa: BLE001 - raised below, for all who wait
-                        latest.note(asked_s, error)
-                return latest.result()
+            async with asyncio.timeout(until_s - time.monotonic()):
+                await self._lock.acquire()
         except TimeoutError:
-            if deadline.expired():
-                raise latest.late() from None
-            raise
+            raise latest.late() from None
+        try:
+            if not latest.serves(since_s):
+                asked_s = time.monotonic()
+                try:
+                    latest.note(asked_s, await self._ask(*args))
+                except Exception as error:  # noqa: BLE001 - raised below, for all who wait
+                    latest.note(asked_s, error)
+            return latest.result()
+        finally:
+            self._lock.release()

@@ -416,7 +416,7 @@ class Wire:
         except MasterNotFoundError as error:  # it has just the kinds of the Sentinels' errors
             raise unnamed(sentinels.name, self._told(sentinels, "sentinel_masters")) from error
         except (client_errors.RedisError, OSError) as error:
-            raise not_sent(error) from error
+            raise not_sent(error, NO_SENTINEL_ANSWERS) from error
 
     def _count(self, sentinels: Sentinels) -> None:
         """Ask the Sentinels how many replicas there are: in a failover the primary has lost sight of some."""

@@ -221,7 +221,7 @@ def test_a_sentinels_user_who_may_not_listen_is_warned(
     exercise(flows, engine_of(flows))
     wait_until(lambda: len(caplog.messages) == len(group.sentinels), description="each has refused")
     assert all("does not tell of a new primary" in message for message in caplog.messages)
-    assert listening(group) == 0
+    wait_until(lambda: listening(group) == 0, description="those of the test before are gone")
 
 
 def test_a_wrong_password_for_the_sentinels_is_told_of(open_url: Open, group: Sentinels) -> None:
