@@ -16,7 +16,7 @@ from uuid import UUID
 import attrs
 import msgpack
 
-from redisflow.errors import InvalidData
+from redisflow.errors import InvalidData, shown
 from redisflow.flow import Flow, FlowEvent, FlowStatus, FlowStep, FlowStepStatus, StepRuntime
 from redisflow.waits import from_us, to_rfc3339
 
@@ -74,7 +74,7 @@ def _plain_mapping(mapping: Mapping[object, object], room: int) -> dict[str, Any
     made = {}
     for key, value in mapping.items():
         if not isinstance(key, str):
-            raise _Refused(f"a mapping with the key {key!r}; keys must be strings")
+            raise _Refused(f"a mapping with the key {shown(key)}; keys must be strings")
         try:
             made[_text(key)] = _plain(value, room)
         except _Refused as refused:
@@ -123,7 +123,7 @@ def plain(what: str, value: Any) -> Any:
     try:
         return _plain(value, MAX_DEPTH)
     except _Refused as refused:
-        where = "".join(f"[{step!r}]" for step in refused.path)
+        where = "".join(f"[{shown(step)}]" for step in refused.path)
         raise InvalidData(f"{what}{where} holds {refused.reason}") from None
 
 
@@ -275,13 +275,22 @@ class StoredFlow:
 
     @property
     def revision(self) -> int:
-        """The revision of this version."""
-        return int(self.fields[b"revision"])
+        """The revision of this version. Raises InvalidData as `read` does."""
+        try:
+            return int(self.fields[b"revision"])
+        except (KeyError, ValueError):
+            return int(self.read("revision"))
 
     @property
     def version(self) -> bytes:
-        """What names this version among all, those a failover has lost too: the operation that made it, and when."""
-        return b"%b %b" % (self.fields[b"etag"], self.fields.get(b"updated_at", b""))
+        """What names this version among all, those a failover has lost too: the operation that made it, and when.
+
+        Raises InvalidData as `read` does.
+        """
+        fields = self.fields
+        if b"etag" not in fields:
+            self.read("etag")
+        return b"%b %b" % (fields[b"etag"], fields.get(b"updated_at", b""))
 
     def read(self, name: str) -> Any:
         """Decode the attribute `name`.
@@ -413,6 +422,8 @@ def read_step(flow_id: UUID, packed: bytes) -> FlowStep:
         step_id, created_at, updated_at, child_session_key, run_id, task, runtime, status, result = unpack(packed)
         if not isinstance(step_id, bytes):
             raise TypeError("its id is not binary")  # noqa: TRY301 - one clause names every damage
+        if not (isinstance(run_id, str) and isinstance(task, str) and isinstance(child_session_key, str | None)):
+            raise TypeError("a name in it is no text")  # noqa: TRY301 - as above
         return FlowStep(
             id=UUID(bytes=step_id),
             flow_id=flow_id,

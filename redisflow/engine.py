@@ -14,7 +14,7 @@ from typing import Any
 
 from redisflow.aio import AsyncFlowManager
 from redisflow.aio_wire import AsyncEar
-from redisflow.errors import InvalidData, StorageError
+from redisflow.errors import InvalidData, StorageError, shown
 from redisflow.flow import Flow, FlowRef
 from redisflow.manager import FlowManager
 from redisflow.ops import waits
@@ -30,7 +30,7 @@ log = logging.getLogger("redisflow")
 def _interval_of(interval: float) -> float:
     seconds = seconds_of("interval", interval)
     if not seconds:
-        raise InvalidData(f"interval must be a number of seconds above 0, not {interval!r}")
+        raise InvalidData(f"interval must be a number of seconds above 0, not {shown(interval)}")
     return seconds
 
 

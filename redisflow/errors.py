@@ -25,6 +25,17 @@ if TYPE_CHECKING:
 
     from redisflow.flow import Flow, FlowStatus
 
+_SHOWN = 100
+
+
+def shown(value: object) -> str:
+    """Return the `repr` of a caller's value for a message: cut short, and in its place the type where it fails."""
+    try:
+        text = repr(value)
+    except Exception:  # noqa: BLE001 - too many digits, too deep, or the caller's own: the refusal must not be lost
+        return f"a {type(value).__name__}"
+    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."
+
 
 class FlowError(Exception):
     """Base of everything this library raises on its own account."""

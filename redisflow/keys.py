@@ -14,7 +14,7 @@ from uuid import UUID
 
 import attrs
 
-from redisflow.errors import InvalidData
+from redisflow.errors import InvalidData, shown
 from redisflow.flow import FlowStatus
 
 LAYOUT_VERSION = 1
@@ -36,14 +36,14 @@ def require_prefix(prefix: object) -> str:
         InvalidData: not 1 to 64 characters of `A-Za-z0-9_.-`.
     """
     if not isinstance(prefix, str) or _PREFIX.fullmatch(prefix) is None:
-        raise InvalidData(f"prefix {prefix!r} is not 1 to 64 characters of A-Z a-z 0-9 _ . -")
+        raise InvalidData(f"prefix {shown(prefix)} is not 1 to 64 characters of A-Z a-z 0-9 _ . -")
     return prefix
 
 
 def require_partitions(partitions: object) -> int:
     """Return `partitions` if a namespace can have that many."""
     if isinstance(partitions, bool) or not isinstance(partitions, int) or not 1 <= partitions <= MAX_PARTITIONS:
-        raise InvalidData(f"partitions must be a whole number from 1 to {MAX_PARTITIONS}, not {partitions!r}")
+        raise InvalidData(f"partitions must be a whole number from 1 to {MAX_PARTITIONS}, not {shown(partitions)}")
     return partitions
 
 

@@ -9,8 +9,8 @@ import attrs
 
 from redisflow.calls import Confirm
 from redisflow.delivery import Policy
-from redisflow.errors import InvalidData
-from redisflow.ops.namespace import DEFAULT_MAX_PAYLOAD_BYTES, Namespace
+from redisflow.errors import InvalidData, shown
+from redisflow.ops.namespace import DEFAULT_MAX_PAYLOAD_BYTES, LONGEST_S, Namespace
 from redisflow.scripts import Appending
 
 _REPLICAS = re.compile(r"replicas:([1-9][0-9]?)")
@@ -18,21 +18,21 @@ _LEAST_EVENTS, _MOST_EVENTS = 100, 2**63 - 1  # what lua/include/look_back.lua r
 
 
 def _positive(_: object, attribute: attrs.Attribute[Any], value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-        raise InvalidData(f"{attribute.name} must be a number above 0, not {value!r}")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= LONGEST_S:
+        raise InvalidData(f"{attribute.name} must be a number above 0, and at most {LONGEST_S}, not {shown(value)}")
 
 
 def _whole(_: object, attribute: attrs.Attribute[Any], value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise InvalidData(f"{attribute.name} must be a whole number, 1 or more, not {value!r}")
+        raise InvalidData(f"{attribute.name} must be a whole number, 1 or more, not {shown(value)}")
 
 
 def _trail(_: object, attribute: attrs.Attribute[Any], value: object) -> None:
     if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value > _MOST_EVENTS):
-        raise InvalidData(f"{attribute.name} must be a whole number of 64 bits, or None, not {value!r}")
+        raise InvalidData(f"{attribute.name} must be a whole number of 64 bits, or None, not {shown(value)}")
     if value is not None and value < _LEAST_EVENTS:
         raise InvalidData(
-            f"{attribute.name} must be {_LEAST_EVENTS} or more, not {value}: a resend looks through the last "
+            f"{attribute.name} must be {_LEAST_EVENTS} or more, not {shown(value)}: a resend looks through the last "
             f"{_LEAST_EVENTS} events for what its first attempt did"
         )
 
@@ -49,7 +49,9 @@ def confirm_of(durability: object, within_s: float) -> Confirm | None:
         return Confirm(None, within_s)
     if isinstance(durability, str) and (match := _REPLICAS.fullmatch(durability)):
         return Confirm(int(match[1]), within_s)
-    raise InvalidData(f"durability must be 'local', 'replicas:N' with N from 1 to 99, or 'all', not {durability!r}")
+    raise InvalidData(
+        f"durability must be 'local', 'replicas:N' with N from 1 to 99, or 'all', not {shown(durability)}"
+    )
 
 
 def _durability(instance: Settings, _: object, value: object) -> None:

@@ -18,7 +18,7 @@ from typing import Any, ClassVar, Self
 
 import attrs
 
-from redisflow.errors import InvalidData
+from redisflow.errors import InvalidData, shown
 
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 MICROSECOND = timedelta(microseconds=1)
@@ -87,7 +87,7 @@ def _instant(name: str, raw: object) -> datetime:
         try:
             raw = datetime.fromisoformat(raw)
         except ValueError:
-            raise InvalidData(f"{name} is not an RFC 3339 time: {raw!r}") from None
+            raise InvalidData(f"{name} is not an RFC 3339 time: {shown(raw)}") from None
     return require_aware(name, raw)
 
 

@@ -157,6 +157,49 @@ WAITS: dict[str, tuple[Call, str]] = {
     )
 }
 
+
+class Mute:
+    """A value whose own `repr` fails."""
+
+    def __repr__(self) -> str:
+        raise RuntimeError
+
+
+def deep() -> Any:
+    """A tuple in a tuple, deeper than Python writes."""
+    value: Any = ()
+    for _ in range(5000):
+        value = (value,)
+    return value
+
+
+# What cannot be written into a message, or only at great length.
+UNSHOWN: dict[str, Any] = {
+    "huge": 10**5000,
+    "minus huge": -(10**5000),
+    "deep": deep(),
+    "mute": Mute(),
+    "vast": b"x" * 10**6,
+}
+WORDLESS: dict[str, tuple[Call, str]] = {
+    f"{name} {what}": (naming(value, call), why)
+    for what, value in UNSHOWN.items()
+    for name, (call, why) in {
+        "key": (lambda flows, bad: flows.create_managed(**WHO, state={"a": {bad: 1}}), "keys must be strings"),
+        "name": (lambda flows, bad: flows.create_managed(**WHO | {"goal": bad}), "goal"),
+        "flow": (lambda flows, bad: flows.cancel(bad), "UUID"),
+        "op_id": (lambda flows, bad: flows.cancel(uuid4(), op_id=bad), "op_id"),
+        "revision": (lambda flows, bad: flows.cancel(uuid4(), expected_revision=bad), "expected_revision"),
+        "increment": (lambda flows, bad: flows.update_state(uuid4(), increment={"n": bad}), "increment"),
+        "increment of": (lambda flows, bad: flows.update_state(uuid4(), increment={bad: 1}), "keys must be strings"),
+        "unset": (lambda flows, bad: flows.update_state(uuid4(), unset=[bad]), "keys must be strings"),
+        "status": (lambda flows, bad: flows.list_by_status(bad), "status"),
+        "step status": (lambda flows, bad: flows.record_step_observation(observed(uuid4(), status=bad)), "step status"),
+        "after": (lambda flows, bad: list(flows.iter_events(uuid4(), after=bad)), "event id"),
+        "wait at": (lambda flows, bad: flows.set_waiting(uuid4(), {"kind": "timer", "at": bad}), "wait at"),
+    }.items()
+}
+
 OPTIONS: dict[str, tuple[Call, str]] = {
     "increment a list": (lambda flows, flow: flows.update_state(flow, increment=["n"]), "increment"),
     "increment by text": (lambda flows, flow: flows.update_state(flow, increment={"n": "1"}), "increment.*n.*1"),
@@ -302,6 +345,33 @@ def test_an_option_is_what_it_should_be(real_subject: Subject) -> None:
     refuse_all(real_subject, OPTIONS)
 
 
+def test_a_refusal_can_be_read_whatever_is_refused(real_subject: Subject) -> None:
+    """More digits or levels than Python writes, a `repr` that fails, a megabyte: InvalidData, and a short message."""
+    refuse_all(real_subject, WORDLESS)
+
+
+def test_a_number_beyond_the_servers_is_none_at_all(real_subject: Subject) -> None:
+    """A limit, a page or a time that is larger than anything: there is just more room than things."""
+    flows = real_subject.manager()
+    flow = flow_in(flows, "running")
+    for vast in (2**63, 10**30, 10**5000):
+        assert flows.list_by_owner(flow.owner_session_key, limit=vast) == [flow]
+        assert flows.list_by_status("running", limit=vast) == [flow]
+        assert list(flows.iter_by_owner(flow.owner_session_key, page=min(vast, 2**63 - 1))) == [flow]
+        assert len(flows.list_events(flow, vast)) == 2
+        assert flows.wait_for(flow, "running", timeout=vast) == flow
+
+
+@pytest.mark.parametrize("interval", [float("inf"), 1e300, 10**5000], ids=["inf", "float", "int"])
+def test_an_engine_may_sleep_for_ever(real_subject: Subject, interval: float) -> None:
+    """Between ticks, until something is due or it is stopped."""
+    flows = real_subject.manager()
+    engine = real_subject.engine(flows)
+    with real_subject.running(engine, interval):
+        flow = flow_in(flows, "waiting", wait=Timer(at=datetime.now(UTC)))
+        assert flows.wait_for(flow, "running", timeout=30).id == flow.id
+
+
 def test_what_is_just_within_the_limits_is_taken(real_subject: Subject) -> None:
     """The bounds belong to what is allowed."""
     flows = real_subject.manager()
@@ -397,6 +467,9 @@ def test_unknown_ids_are_no_bad_input(real_subject: Subject) -> None:
         {"partitions": 10**9},
         {"deadline_s": 0},
         {"deadline_s": "15"},
+        {"deadline_s": float("inf")},
+        {"deadline_s": 1e300},
+        {"confirm_within_s": 10**400},
         {"max_payload_bytes": 0},
         {"max_payload_bytes": None},
         {"event_maxlen": 0},

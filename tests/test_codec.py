@@ -322,11 +322,16 @@ SOUND_STEP = [b"i" * 16, "1700000000000000", "1700000000000000", None, "run", "t
 @example(1, "9" * 5000)
 @example(2, 10.0**300)
 @example(6, ["managed"])
+@example(3, 7)
+@example(4, None)
+@example(5, b"task")
 def test_a_step_with_a_damaged_field_is_read_or_refused_by_name(index: int, damage: Any) -> None:
     """`InvalidData` names the flow."""
     fields = [*SOUND_STEP[:index], as_stored(damage), *SOUND_STEP[index + 1 :]]
     with read_or_refused_by_name():
-        read_step(FLOW_ID, msgpack.packb(fields, datetime=True))
+        step = read_step(FLOW_ID, msgpack.packb(fields, datetime=True))
+        assert {type(step.run_id), type(step.task)} == {str}
+        assert step.child_session_key is None or type(step.child_session_key) is str
 
 
 @settings(QUICK, max_examples=300)

@@ -10,14 +10,12 @@ import attrs
 
 from redisflow.calls import Call
 from redisflow.codec import (
-    INT64_MAX,
-    INT64_MIN,
     WHOLE_STATE,
     failure_stamp,
     pack,
     pack_plain,
 )
-from redisflow.errors import InvalidData
+from redisflow.errors import InvalidData, shown
 from redisflow.flow import (
     CANCEL,
     FAIL,
@@ -117,9 +115,9 @@ class Transition:
         if base is not None:
             held = base.fields
             held_version = base.version
-            self.next_revision = b"%d" % (int(held[b"revision"]) + 1)
+            self.next_revision = b"%d" % (base.revision + 1)
             if narrow and held.get(b"cancel_requested", b"0") == b"0":
-                copy_status = held[b"status"]
+                copy_status = held.get(b"status")
             if WHOLE_STATE in held and change.merge == b"patch":
                 change = attrs.evolve(change, merge=b"over")
         scripts = namespace.appending.transitions
@@ -247,8 +245,7 @@ def _with_deltas(change: Change, increment: object, unset: object) -> tuple[Chan
     if not isinstance(increment, Mapping):
         raise InvalidData(f"increment must map keys to whole numbers, not {type(increment).__name__}")
     for key, delta in increment.items():
-        if not INT64_MIN <= whole_number(f"increment[{key!r}]", delta) <= INT64_MAX:
-            raise InvalidData(f"increment[{key!r}] is beyond 64 bits")
+        whole_number(f"increment[{shown(key)}]", delta)
     if not isinstance(unset, Iterable) or isinstance(unset, str | bytes):
         raise InvalidData("unset must be the keys to remove, as in unset=['tmp']")
     keys = list(unset)

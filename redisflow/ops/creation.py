@@ -12,7 +12,7 @@ from redisflow.codec import (
     StoredFlow,
     pack,
 )
-from redisflow.errors import InvalidData
+from redisflow.errors import InvalidData, shown
 from redisflow.flow import (
     START_RUNNING,
     Flow,
@@ -112,6 +112,6 @@ def owner_of(namespace: Namespace, owner_session_key: str | None) -> bytes:
     owner = require_name("owner_session_key", owner_session_key)
     if namespace.owner not in {b"", owner}:
         raise InvalidData(
-            f"owner_session_key is {owner_session_key!r}, in a view of the flows of {namespace.owner.decode()!r}"
+            f"owner_session_key is {shown(owner_session_key)}, in a view of the flows of {namespace.owner.decode()!r}"
         )
     return owner

@@ -18,7 +18,7 @@ from redisflow.codec import (
     plain_fields,
     stamped,
 )
-from redisflow.errors import InvalidData
+from redisflow.errors import InvalidData, shown
 from redisflow.flow import (
     Flow,
     FlowStatus,
@@ -27,6 +27,7 @@ from redisflow.ops.namespace import Target
 from redisflow.waits import AnyWait, parse_wait, to_us, wire_form
 
 Fields = dict[bytes, bytes]
+TIMED_OUT = "wait_timed_out"  # the state key of a wait that its deadline has ended
 
 
 @attrs.define(eq=False)
@@ -113,11 +114,11 @@ def is_state(field: bytes) -> bool:
 def state_field(key: object) -> bytes:
     """The hash field of a top-level state key."""
     if not isinstance(key, str):
-        raise InvalidData(f"state keys must be strings, not {key!r}")
+        raise InvalidData(f"state keys must be strings, not {shown(key)}")
     try:
         return STATE_PREFIX + key.encode()
     except UnicodeEncodeError:
-        raise InvalidData(f"state key {key!r} holds a lone surrogate") from None
+        raise InvalidData(f"state key {shown(key)} holds a lone surrogate") from None
 
 
 def state_fields(what: str, state: Any) -> tuple[Any, Fields]:
@@ -144,6 +145,8 @@ def entering_wait(wait: AnyWait) -> tuple[Any, Change]:
     """The wire form of a wait, and what stores and indexes it."""
     condition = parse_wait(wait)
     wire = plain("wait", wire_form(wait))
+    if condition is not None and condition.deadline is not None:
+        plain("wait", {TIMED_OUT: wire})  # as the state will hold it
     fields = {b"wait": pack_plain(wire)}
     if condition is None:
         return wire, Change(fields)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from datetime import datetime, timedelta
 from typing import Any, NamedTuple, NoReturn
 from uuid import UUID
@@ -12,7 +13,7 @@ from uuid import UUID
 import attrs
 
 from redisflow.calls import Command
-from redisflow.codec import StoredFlow
+from redisflow.codec import INT64_MAX, INT64_MIN, StoredFlow
 from redisflow.errors import (
     AlreadyTerminal,
     CancelPending,
@@ -23,6 +24,7 @@ from redisflow.errors import (
     InvalidData,
     OutcomeUnknown,
     RevisionMismatch,
+    shown,
 )
 from redisflow.flow import Flow, FlowRef, FlowStatus
 from redisflow.keys import Keyspace, Partition, require_partitions, require_prefix
@@ -32,6 +34,7 @@ from redisflow.waits import MICROSECOND, require_aware, require_name, to_us
 log = logging.getLogger("redisflow")
 
 DEFAULT_MAX_PAYLOAD_BYTES = 2**20
+LONGEST_S = 10**9  # some 30 years: what waits longer waits for ever, and the system's timers take no more
 _OP_IDS_AT_ONCE = 256
 
 
@@ -78,7 +81,7 @@ class Namespace:
         """
         name = require_name("owner", owner)
         if self.owner not in {b"", name}:
-            raise InvalidData(f"a view of the flows of {self.owner.decode()!r} has none of {owner!r}")
+            raise InvalidData(f"a view of the flows of {self.owner.decode()!r} has none of {shown(owner)}")
         return attrs.evolve(self, owner=name)
 
     def require_room(self, what: str, pieces: Iterable[bytes]) -> None:
@@ -137,7 +140,7 @@ def flow_id_of(flow: FlowRef) -> UUID:
         try:
             return UUID(flow)
         except ValueError:
-            raise InvalidData(f"not a flow id: {flow!r}; expected a UUID") from None
+            raise InvalidData(f"not a flow id: {shown(flow)}; expected a UUID") from None
     raise InvalidData(f"expected a Flow, a UUID or its text, not {type(flow).__name__}")
 
 
@@ -157,7 +160,7 @@ def op_id_of(op_id: object) -> str:
             return UUID(hex=op_id).hex
         except ValueError:
             pass
-    raise InvalidData(f"op_id must be 32 hexadecimal digits, a UUID or 16 bytes, not {op_id!r}")
+    raise InvalidData(f"op_id must be 32 hexadecimal digits, a UUID or 16 bytes, not {shown(op_id)}")
 
 
 _unused_op_ids: list[str] = []
@@ -173,15 +176,22 @@ def _more_op_ids() -> str:
 
 
 def whole_number(name: str, number: object) -> int:
-    """Return `number` if it is an int."""
+    """Return `number` if it is an int of 64 bits: the server takes no other."""
+    number = _integer(name, number)
+    if not INT64_MIN <= number <= INT64_MAX:
+        raise InvalidData(f"{name} is beyond 64 bits")
+    return number
+
+
+def _integer(name: str, number: object) -> int:
     if isinstance(number, bool) or not isinstance(number, int):
-        raise InvalidData(f"{name} must be a whole number, not {number!r}")
+        raise InvalidData(f"{name} must be a whole number, not {shown(number)}")
     return number
 
 
 def limit_of(limit: object) -> int | None:
     """Read a limit: `None` is none, below 1 is nothing."""
-    return None if limit is None else max(0, whole_number("limit", limit))
+    return None if limit is None else min(max(0, _integer("limit", limit)), INT64_MAX)
 
 
 def seconds_of(name: str, seconds: object) -> float | None:
@@ -189,8 +199,8 @@ def seconds_of(name: str, seconds: object) -> float | None:
     if seconds is None:
         return None
     if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not seconds >= 0:
-        raise InvalidData(f"{name} must be a number of seconds, 0 or more, or None, not {seconds!r}")
-    return float(seconds)
+        raise InvalidData(f"{name} must be a number of seconds, 0 or more, or None, not {shown(seconds)}")
+    return float(min(seconds, LONGEST_S))
 
 
 def span_us(name: str, span: object) -> int:
@@ -209,11 +219,10 @@ def score_before(name: str, moment: datetime | None) -> bytes:
 
 def status_of(status: object) -> FlowStatus:
     """Read a status given as a FlowStatus or its text."""
-    try:
-        return FlowStatus(status)  # type: ignore[arg-type]  # what is no status raises
-    except ValueError:
-        choices = ", ".join(FlowStatus)
-        raise InvalidData(f"not a flow status: {status!r}; one of {choices}") from None
+    if isinstance(status, str):  # of anything else the enumeration's own error would want the `repr`
+        with suppress(ValueError):
+            return FlowStatus(status)
+    raise InvalidData(f"not a flow status: {shown(status)}; one of {', '.join(FlowStatus)}")
 
 
 def look_of(op_id: object) -> bytes:

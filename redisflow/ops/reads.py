@@ -113,9 +113,9 @@ class Listing:
         self._owner = owner
         self._status = status
         self._end = end
-        self._page = whole_number("page", page)
+        self._page = min(whole_number("page", page), _ALL)
         if self._page < 1:
-            raise InvalidData(f"page must be 1 or more, not {page!r}")
+            raise InvalidData(f"page must be 1 or more, not {page}")
         self._sources: list[_Source] = []
 
     @classmethod

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Generator
+from contextlib import suppress
 from typing import Any, TypeVar
 from uuid import uuid4
 
 from redisflow.calls import Call, Read, command
 from redisflow.codec import event_time, pack, read_event, read_step, step_head, step_tail, unpack
-from redisflow.errors import InvalidData
+from redisflow.errors import InvalidData, shown
 from redisflow.flow import FlowEvent, FlowRef, FlowStep, FlowStepStatus, StepObservation, StepRuntime
 from redisflow.ops.namespace import (
     Namespace,
@@ -122,7 +123,7 @@ def require_event_id(event_id: object) -> bytes:
         milliseconds, dash, sequence = event_id.partition("-")
         if _is_uint64(milliseconds) and (_is_uint64(sequence) or not dash):
             return event_id.encode()
-    raise InvalidData(f"not an event id: {event_id!r}; expected '<milliseconds>-<sequence>'")
+    raise InvalidData(f"not an event id: {shown(event_id)}; expected '<milliseconds>-<sequence>'")
 
 
 def _is_uint64(text: str) -> bool:
@@ -185,10 +186,10 @@ def record_step_observation(
 
 
 def _member(what: str, kind: type[E], value: object) -> E:
-    try:
-        return kind(value)  # type: ignore[arg-type]  # what is no member raises
-    except ValueError:
-        raise InvalidData(f"not a {what}: {value!r}; one of {', '.join(kind)}") from None
+    if isinstance(value, str):
+        with suppress(ValueError):
+            return kind(value)
+    raise InvalidData(f"not a {what}: {shown(value)}; one of {', '.join(kind)}")
 
 
 def list_steps(namespace: Namespace, flow_id: FlowRef) -> Generator[Read, Any, list[FlowStep]]:
