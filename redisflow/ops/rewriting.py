@@ -15,7 +15,7 @@ from redisflow.codec import (
     pack,
     unpack,
 )
-from redisflow.errors import FlowNotFound, InvalidData, RevisionMismatch
+from redisflow.errors import FlowNotFound, InvalidData, RevisionMismatch, shown
 from redisflow.flow import (
     REWRITES,
     Flow,
@@ -95,6 +95,8 @@ def update_and_append(
 def _version(flow: Flow, target: Target) -> bytes:
     """What names the version that `flow` is of, as the scripts compare it."""
     etag, base = require_name("flow.etag", flow.etag), target.base
+    if b"|" in etag:  # what stands behind it in the conditions is whose flow it must be
+        raise InvalidData(f"flow.etag is none: {shown(flow.etag)}")
     if base is not None and _is_of(base, flow):
         return base.version
     return b"%b %d" % (etag, to_us(require_aware("flow.updated_at", flow.updated_at)))
@@ -102,7 +104,7 @@ def _version(flow: Flow, target: Target) -> bytes:
 
 def _is_of(base: StoredFlow, flow: Flow) -> bool:
     """Whether a flow that the caller may have altered is still of the version it was read as."""
-    return base.fields[b"etag"] == flow.etag.encode() and base.revision == flow.revision
+    return base.fields.get(b"etag") == flow.etag.encode() and base.revision == flow.revision
 
 
 def _rewriting(flow: Flow, target: Target) -> Change:

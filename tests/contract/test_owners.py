@@ -592,3 +592,13 @@ def test_following_ends_when_the_id_goes_to_another_owner(flows: Any, view: Any)
     assert outcome(flow.id, next, events)[0] is FlowNotFound
     assert view.delete(flow) is False
     assert outcome(flow.id, view.update_state, flow, {"x": 1})[0] is FlowNotFound
+
+
+def test_an_etag_cannot_say_whose_flow_it_is(flows: Any) -> None:
+    """The owner stands behind it in what the script is told; an owner's name may be another's with something before."""
+    other = flow_in(flows, "running", owner_session_key=f"team|{KATE}")
+    view = flows.for_owner(KATE)
+    forged = attrs.evolve(other, etag=f"{other.etag}|team", current_step="stolen")
+    with pytest.raises((InvalidData, FlowNotFound)):
+        view.update_and_append(forged, "note")
+    assert flows.get(other.id) == other
