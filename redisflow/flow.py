@@ -10,6 +10,7 @@ from uuid import UUID
 
 import attrs
 
+from redisflow.errors import InvalidData
 from redisflow.waits import ExternalEvent, Manual, Timer, parse_wait
 
 
@@ -183,8 +184,15 @@ class Flow:
 
     @property
     def condition(self) -> Timer | ExternalEvent | Manual | None:
-        """`wait` parsed; `None` when the flow waits for nothing, or for something of the caller's own."""
-        return None if self.wait is None else parse_wait(self.wait)
+        """`wait` parsed; `None` when the flow waits for nothing, or for something of the caller's own.
+
+        Raises:
+            InvalidData: what is stored there is no wait.
+        """
+        try:
+            return None if self.wait is None else parse_wait(self.wait)
+        except InvalidData as error:
+            raise InvalidData(f"flow {self.id}: {error}") from None
 
     @classmethod
     def from_stored(cls, stored: Stored) -> Flow:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Generator, Sequence
 from datetime import datetime
 from typing import Any
@@ -22,7 +23,7 @@ from redisflow.errors import (
 )
 from redisflow.flow import CANCEL, RESUME, Flow, FlowRef, FlowStatus, Verb
 from redisflow.ops.changes import NO_CHANGE, OTHER_KEYS, Transition
-from redisflow.ops.fields import merging
+from redisflow.ops.fields import TIMED_OUT, merging
 from redisflow.ops.namespace import Namespace, log, op_id_of, targets_of
 from redisflow.ops.reads import get, read_sound
 from redisflow.waits import ExternalEvent, from_us, require_aware, to_us
@@ -120,7 +121,15 @@ def _handle(
     targets = targets_of(members)
     flows = yield from read_sound(namespace, targets, "a due flow cannot be handled", logging.ERROR)
     errors = len(members) - len(flows)
-    endings = [ending for flow in flows if (ending := _ending(namespace, flow, now)) is not None]
+    endings = []
+    for flow in flows:
+        try:
+            ending = _ending(namespace, flow, now)
+        except InvalidData as error:  # its wait is none
+            log.error("a due flow cannot be handled: %s", error)
+            errors += 1
+        else:
+            endings += [] if ending is None else [ending]
     outcomes = (yield Batch([ending.call(namespace) for ending in endings])) if endings else []
     settled = [_settled(ending, outcome) for ending, outcome in zip(endings, outcomes, strict=True)]
     ended = {e.target.member for e, verb in zip(endings, settled, strict=True) if verb in {RESUME, CANCEL, _LOST}}
@@ -161,8 +170,11 @@ def _ending(namespace: Namespace, flow: Flow, now: datetime) -> Transition | Non
     condition = flow.condition
     if condition is None or condition.due is None or condition.due > now:
         return None
-    patch = {"wait_timed_out": flow.wait} if condition.timed_out(now) else None
-    return _resuming(namespace, flow, patch, op_id=None)
+    if not condition.timed_out(now):
+        return _resuming(namespace, flow, None, op_id=None)
+    # It was let in, perhaps by a manager with a higher limit than that of the engine's.
+    roomy = attrs.evolve(namespace, max_payload_bytes=sys.maxsize)
+    return _resuming(roomy, flow, {TIMED_OUT: flow.wait}, op_id=None)
 
 
 def _resuming(namespace: Namespace, flow: Flow, patch: dict[str, Any] | None, *, op_id: object) -> Transition:
@@ -190,7 +202,7 @@ def try_resume_external(
 ) -> Generator[Any, Any, Flow | None]:
     """Resume a flow if it waits for just this event; `None` otherwise."""
     event = ExternalEvent(topic, correlation_id)
-    patch = None if payload is None else {"resume_event": plain("payload", payload)}
+    patch = _event_patch(namespace, payload)
     op = op_id_of(op_id)
     while True:
         flow = yield from get(namespace, flow_id)
@@ -213,6 +225,15 @@ def try_resume_external(
             return None
 
 
+def _event_patch(namespace: Namespace, payload: Any) -> dict[str, Any] | None:
+    """What an event adds to a state. Raises InvalidData for a payload that no flow could take."""
+    if payload is None:
+        return None
+    patch: dict[str, Any] = plain("payload", {"resume_event": payload})
+    namespace.require_room("the payload", [pack_plain({"state_patch": patch})])
+    return patch
+
+
 def _waits_for(flow: Flow, event: ExternalEvent) -> bool:
     condition = flow.condition
     return (
@@ -230,7 +251,7 @@ def resume_waiters(
 ) -> Generator[Any, Any, list[Flow]]:
     """Resume every flow that waits for this event."""
     prefix = ExternalEvent(topic, correlation_id).waiter
-    payload = plain("payload", payload)
+    _event_patch(namespace, payload)
     found = yield Read(
         [
             command(p, b"ZRANGE", p.waiters, b"[" + prefix, b"[" + prefix + b"\xff", b"BYLEX")
@@ -239,6 +260,10 @@ def resume_waiters(
     )
     resumed = []
     for target in targets_of(member[len(prefix) :] for members in found for member in members):
-        flow = yield from try_resume_external(namespace, target.flow_id, topic, correlation_id, payload)
-        resumed += [] if flow is None else [flow]
+        try:
+            flow = yield from try_resume_external(namespace, target.flow_id, topic, correlation_id, payload)
+        except InvalidData as error:  # it is damaged: the others are resumed all the same
+            log.error("left out of a resume: %s", error)
+        else:
+            resumed += [] if flow is None else [flow]
     return resumed

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 from uuid import UUID, uuid4
 
 import attrs
+import msgpack
 import pytest
 
-from redisflow import ExternalEvent, Flow, FlowStatus, Manual, TickReport, Timer
+from redisflow import ExternalEvent, Flow, FlowStatus, InvalidData, Manual, TickReport, Timer
 from redisflow.keys import DEFAULT_PARTITIONS
 from tests.support.subjects import STATE, create, flow_in, trail
 from tests.support.waiting import wait_until
@@ -207,6 +208,61 @@ def test_a_damaged_flow_does_not_stop_the_others(
     report = engine.tick()
     assert (report.resumed, report.errors, report.still_waiting) == (2, 2, 2)
     assert str(due[0].id) in caplog.text
+
+
+@pytest.mark.parametrize("wire", [{}, {"kind": "timer", "at": "junk"}, {"kind": "timer"}, {"kind": 7}])
+def test_a_stored_wait_that_is_none_does_not_stop_the_others(
+    flows: Any, engine: Any, subject: Subject, caplog: pytest.LogCaptureFixture, wire: dict[str, Any]
+) -> None:
+    """A mapping, and yet no wait: an error like any other damage, to a tick and to an event."""
+    caplog.set_level(logging.ERROR)
+    past = Timer(at=datetime(2020, 1, 1, tzinfo=UTC))
+    timers, events = ([flow_in(flows, "waiting", wait=wait) for _ in range(3)] for wait in (past, EVENT))
+    for flow in (timers[0], events[0]):
+        subject.raw.hset(subject.flow_key(flow.id), "wait", msgpack.packb(wire))
+    report = engine.tick()
+    assert (report.resumed, report.errors) == (2, 1)
+    assert str(timers[0].id) in caplog.text
+    resumed = engine.resume_waiters("approvals", "42")
+    assert {flow.id for flow in resumed} == {flow.id for flow in events[1:]}
+    assert str(events[0].id) in caplog.text
+
+
+def nested(depth: int) -> Any:
+    """A list in a list, so deep."""
+    return [] if depth == 1 else [nested(depth - 1)]
+
+
+def test_a_wait_with_a_deadline_fits_into_the_state(flows: Any, engine: Any) -> None:
+    """It is a level deeper there: what could not be stored then is refused when the wait begins."""
+    flow = flow_in(flows, "running")
+    wait = Manual(deadline=datetime(2020, 1, 1, tzinfo=UTC)).to_wire()
+    with pytest.raises(InvalidData, match="64"):
+        flows.set_waiting(flow, wait | {"own": nested(63)})
+    flow = flows.set_waiting(flow, wait | {"own": nested(62)})
+    assert engine.tick().resumed == 1
+    assert flows.get(flow.id).state["wait_timed_out"] == flow.wait
+
+
+def test_a_deadline_ends_a_wait_larger_than_the_engine_would_store(flows: Any, subject: Subject) -> None:
+    """The limit is for what callers bring; this is stored already."""
+    wait = Manual(deadline=datetime(2020, 1, 1, tzinfo=UTC)).to_wire() | {"own": "x" * 5000}
+    flow = flow_in(flows, "waiting", wait=wait)
+    assert subject.engine(subject.manager(max_payload_bytes=1000)).tick().resumed == 1
+    assert flows.get(flow.id).state["wait_timed_out"] == wait
+
+
+def test_an_event_whose_payload_no_flow_could_take_is_refused(flows: Any, engine: Any, subject: Subject) -> None:
+    """Before any waiter is looked at."""
+    flow = flow_in(flows, "waiting", wait=EVENT)
+    before = subject.snapshot()
+    for payload in (nested(64), "x" * 2**20):
+        with pytest.raises(InvalidData, match="payload"):
+            engine.resume_waiters("approvals", "42", payload)
+        with pytest.raises(InvalidData, match="payload"):
+            engine.try_resume_external(flow, "approvals", "42", payload)
+    assert subject.snapshot() == before
+    assert len(engine.resume_waiters("approvals", "42", nested(63))) == 1
 
 
 @pytest.mark.parametrize("junk", [b"not a uuid", b"\xff"])
