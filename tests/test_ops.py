@@ -30,6 +30,8 @@ from redisflow import (
     Timer,
 )
 from redisflow.calls import Call, Read
+from redisflow.ops.follow import Watch
+from redisflow.ops.upkeep import read_info
 
 FLOW_ID = UUID(int=5)
 HASH: dict[bytes, bytes] = {
@@ -356,3 +358,32 @@ def test_bad_input_is_refused_before_anything_is_sent(ops: Any, bad: Callable[[A
     """`InvalidData`, at the latest in place of the first call."""
     with pytest.raises(InvalidData):
         next(bad(ops))
+
+
+@pytest.mark.parametrize(
+    "damage", [{"revision": None}, {"revision": b"x"}, {"etag": None}, {"etag": b"\xff"}, {"status": None}], ids=str
+)
+def test_a_copy_that_is_damaged_is_refused_by_name(ops: Any, damage: dict[str, bytes | None]) -> None:
+    """Found by `exist_ok`, it has not been looked through; what is done with it says what is wrong."""
+    fields = HASH | {name.encode(): value for name, value in damage.items()}
+    stored = [part for pair in fields.items() if pair[1] is not None for part in pair]
+    (name,) = damage
+    flow = outcome(ops.create_managed(**IDENTITY, flow_id=FLOW_ID, exist_ok=True), [b"FLOW", stored])
+    with pytest.raises(InvalidData, match=f"{FLOW_ID}.*{name}"):
+        outcome(ops.finish(flow, expected_revision=3), [b"CORRUPT", name.encode()])
+    with pytest.raises(InvalidData, match=f"{FLOW_ID}.*{name}"):
+        outcome(ops.update_and_append(flow, "kind"), [b"CORRUPT", name.encode()])
+
+
+@pytest.mark.parametrize("reply", [(b"\xff", b"3"), (b"finished", b"x"), (b"sleeping", b"3")])
+def test_a_damaged_flow_is_not_watched(ops: Any, reply: tuple[bytes, bytes]) -> None:
+    """InvalidData names it, whatever its status and revision are."""
+    op = Watch(ops.namespace, FLOW_ID, "0", 0).next_page()
+    next(op)
+    with pytest.raises(InvalidData, match=str(FLOW_ID)):
+        op.send([list(reply), [[b"1-1", [b"rev", b"3", b"kind", b"k", b"op", b"o", b"payload", b"\x80"]]]])
+
+
+def test_what_the_server_says_of_itself_need_not_be_text() -> None:
+    """A path may be any bytes."""
+    assert read_info(b"redis_version:7.0.15\r\nconfig_file:/etc/\xff\r\n")["redis_version"] == "7.0.15"

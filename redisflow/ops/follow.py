@@ -7,7 +7,7 @@ from collections.abc import Generator
 from typing import Any
 
 from redisflow.calls import Block, Command, Read, command
-from redisflow.codec import read_event, read_flow
+from redisflow.codec import StoredFlow, read_event, read_flow
 from redisflow.errors import AlreadyTerminal, FlowNotFound
 from redisflow.flow import TERMINAL, Flow, FlowEvent, FlowRef, FlowStatus
 from redisflow.ops.namespace import Namespace, Target, flow_id_of, if_own, partition_of, seconds_of, status_of
@@ -44,11 +44,12 @@ class Watch:
             # moves to another node they may be read in the other order, and it is there the next time.
             behind = command(partition, b"XRANGE", stream, b"(" + self._after, b"+", b"COUNT", EVENTS_PAGE)
             (status, revision), entries = yield Read([status_now, if_own(namespace, target, behind)])
-            if status is None:
+            if status is None or revision is None:
                 raise FlowNotFound(target.flow_id)
+            flow = StoredFlow(target.flow_id, target.member, {b"status": status, b"revision": revision})
             events = [read_event(target.flow_id, entry) for entry in entries]
-            if status_of(status.decode()).is_terminal:
-                ended_by = next((n for n, event in enumerate(events) if event.revision == int(revision)), None)
+            if flow.read("status").is_terminal:
+                ended_by = next((n for n, event in enumerate(events) if event.revision == flow.revision), None)
                 self._done = ended_by is not None or (self._ended and len(events) < EVENTS_PAGE)
                 self._ended = True
                 events = events[: None if ended_by is None else ended_by + 1]

@@ -181,7 +181,7 @@ def _check_server(slot: int | None, *, allow_eviction: bool) -> Generator[Read, 
 
 def read_info(reply: bytes) -> dict[str, str]:
     """The fields of INFO."""
-    return dict(line.split(":", 1) for line in reply.decode().splitlines() if ":" in line)
+    return dict(line.split(":", 1) for line in reply.decode(errors="replace").splitlines() if ":" in line)
 
 
 def product_of(info: Mapping[str, str]) -> tuple[str, str]:
