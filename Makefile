@@ -6,8 +6,9 @@ READY  := .venv/.ready
 BENCH  := .venv/.ready-to-bench
 PEERS  := .venv-peers/.ready
 MINUTES ?= 40
+RUNS   ?= 1000000
 
-.PHONY: help demo test lint format cov chaos bench clean
+.PHONY: help demo test lint format cov chaos fuzz bench clean
 .DEFAULT_GOAL := help
 
 help:    ## this list
@@ -37,11 +38,14 @@ cov: $(READY)    ## every test, measured: branch coverage of redisflow, at least
 chaos: $(READY)    ## 40 minutes of writers while things break: what is lost, doubled or out of order (MINUTES=, SEED=)
 	@$(BIN)/python -m tests.chaos --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))
 
+fuzz: $(READY)    ## a million hostile inputs, guided by coverage: none crashes, hangs or is stored unreadable (RUNS=, SEED=)
+	@$(BIN)/python -m tests.fuzz --runs $(RUNS) $(if $(SEED),--seed $(SEED))
+
 bench: $(BENCH) $(PEERS)    ## the speed of it all: a table, and JSON and pictures in benchmarks/results
 	@$(BIN)/python -m benchmarks --save
 
 clean:    ## remove all that make made
-	rm -rf .venv .venv-peers dist .coverage .coverage.* .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-peers dist .coverage .coverage.* .fuzz .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 $(READY): pyproject.toml
