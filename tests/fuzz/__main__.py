@@ -26,6 +26,7 @@ class Ran:
     """What came of fuzzing one target.
 
     Attributes:
+        seconds, slowest_s: of processor time, all inputs and the slowest one.
         branches: how many the inputs reached, of the library's code.
         corpus: how many inputs reached something that none before them did.
         trouble: the end of the fuzzer's log, where an input failed, hung or took too much memory.
@@ -51,14 +52,14 @@ def fuzz(target: str, runs: int, seed: int) -> Ran:
     FOUND.mkdir(exist_ok=True)
     command = [sys.executable, "-m", "tests.fuzz.guided", target, str(runs), str(seed), str(FOUND)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, errors="replace", check=False)
-    figures = done.stdout.strip().splitlines()[-1:]
-    ran = Ran(target, **json.loads(figures[0])) if figures else Ran(target)
+    figures = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    ran = Ran(target, **json.loads(figures[-1])) if figures else Ran(target)
     reached = _PROGRESS.findall(done.stderr)
     if reached:
         ran = attrs.evolve(ran, branches=int(reached[-1][0]), corpus=int(reached[-1][2]))
     if done.returncode or ran.inputs < runs:
         log = [line for line in (done.stdout + done.stderr).splitlines() if not line.startswith(("#", "INFO:"))]
-        ran = attrs.evolve(ran, trouble="\n".join(log[-60:]) or f"exit status {done.returncode}")
+        ran = attrs.evolve(ran, trouble="\n".join([*log[-60:], f"exit status {done.returncode}"]))
     return ran
 
 
@@ -99,7 +100,7 @@ def summary(every: list[Ran]) -> str:
     slowest = max(every, key=lambda ran: ran.slowest_s)
     failed = [ran.target for ran in every if ran.trouble]
     return (
-        f"{sum(ran.inputs for ran in every):,} inputs in {sum(ran.seconds for ran in every):.0f} s of one core, "
+        f"{sum(ran.inputs for ran in every):,} inputs in {sum(ran.seconds for ran in every):.0f} s of processor time, "
         f"{'failed: ' + ', '.join(failed) if failed else 'no crash, no hang, nothing unreadable'}; "
         f"{sum(ran.corpus for ran in every):,} inputs in the corpus; "
         f"the slowest took {1000 * slowest.slowest_s:.0f} ms ({slowest.target})"
