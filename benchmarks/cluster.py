@@ -36,6 +36,7 @@ from benchmarks.measure import Plan, RawConnection, Row, ServerCpu, alone, compa
 from benchmarks.server import Cluster, Server, clustering
 from redisflow import AsyncFlowManager, Flow, FlowManager, FlowStatus
 from redisflow.keys import DEFAULT_PARTITIONS, SLOTS, slot_of
+from redisflow.waits import to_us
 
 if TYPE_CHECKING:
     import redis
@@ -265,33 +266,43 @@ def _sent(three: Store, one: Store, plan: Plan) -> Iterator[Row]:
 def _live(store: Store, pool: ThreadPoolExecutor, lives: Sequence[Life]) -> Cost:
     """Live prepared lives in an empty store."""
     store.empty()
-    by_node: list[list[Life]] = [[] for _ in store.connections]
+    by_node: list[dict[Life, bytes]] = [{} for _ in store.connections]
     for life in lives:
-        create(store.flows, life.flow_id, life.op_id)
+        created_at = create(store.flows, life.flow_id, life.op_id).created_at
         tag = life.changes[0].flow_key.partition(b"}")[0].removeprefix(b"{").decode()
-        by_node[slot_of(tag) * len(by_node) // SLOTS].append(life)
-    packets = [_packets(of_node) for of_node in by_node]
+        by_node[slot_of(tag) * len(by_node) // SLOTS][life] = b"%d" % to_us(created_at)
 
     def work() -> None:
-        assert all(pool.map(_send, store.connections, packets)), "a change was refused"
+        assert all(pool.map(_send, store.connections, by_node)), "a change was refused"
 
     cost = store.cost(len(lives) * len(LIFE), work)
     assert store.flows.count_by_status()[FlowStatus.FINISHED] == len(lives), "changes were lost"
     return cost
 
 
-def _packets(lives: Sequence[Life]) -> list[tuple[bytes, int]]:
-    commands = [life.changes[number].script_call for number in range(len(LIFE)) for life in lives]
-    parts = [commands[start : start + _PER_PACKET] for start in range(0, len(commands), _PER_PACKET)]
-    return [(pack(part), len(part)) for part in parts]
+def _send(connection: RawConnection, lives: dict[Life, bytes]) -> bool:
+    """Send the changes of lives, last changed at those times; each packet before the one ahead of it is answered.
 
+    Returns whether all were applied.
+    """
+    applied, ahead = True, list[Life]()
 
-def _send(connection: RawConnection, packets: Sequence[tuple[bytes, int]]) -> bool:
-    """Send packets, each before the one ahead of it is answered. Returns whether all was applied."""
-    applied, unanswered = True, 0
-    for packet, count in [*packets, (b"", 0)]:
-        applied = all(map(is_small, connection.exchange(packet, unanswered))) and applied
-        unanswered = count
+    def exchange(packet: bytes) -> None:
+        nonlocal applied
+        for life, reply in zip(ahead, connection.exchange(packet, len(ahead)), strict=True):
+            applied = is_small(reply) and applied
+            lives[life] = reply
+
+    in_order = list(lives)
+    chunks = [in_order[start : start + _PER_PACKET] for start in range(0, len(in_order), _PER_PACKET)]
+    for number in range(len(LIFE)):
+        for chunk in chunks:
+            if chunk is ahead:  # there is no other
+                exchange(b"")
+                ahead = []
+            exchange(pack([life.changes[number].script_call(lives[life]) for life in chunk]))
+            ahead = chunk
+    exchange(b"")
     return applied
 
 

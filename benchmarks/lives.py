@@ -63,11 +63,18 @@ class Change:
     """One change of one flow."""
 
     flow_key: bytes
-    script_call: Command
     plain_writes: Sequence[Command]
+    _script_call: Command
+    _held_at: int
+
+    def script_call(self, changed_at: bytes) -> Command:
+        """The library's command, for a caller whose copy the server changed last at a time, in microseconds."""
+        call = self._script_call
+        etag = call[self._held_at].partition(b" ")[0]
+        return (*call[: self._held_at], b"%b %b" % (etag, changed_at), *call[self._held_at + 1 :])
 
 
-@attrs.frozen
+@attrs.frozen(eq=False)
 class Life:
     """One flow from its creation to its end."""
 
@@ -138,7 +145,8 @@ def _life(flows: FlowManager, flow_id: UUID, op_id: str) -> Life:
     for _, operation, kind, payload in LIFE:
         command, changed = answered(operation(flows.namespace, flow))
         event = (kind.encode(), codec.pack("payload", payload))
-        done.append(Change(command[3], command, _plain_writes(flows.namespace, flow, changed, event)))
+        held_at = command.index(cast("StoredFlow", flow._base).version)
+        done.append(Change(command[3], _plain_writes(flows.namespace, flow, changed, event), command, held_at))
         flow = changed
     return Life(flow_id, op_id, done)
 

@@ -75,7 +75,8 @@ class Arena:
 def scripted(arena: Arena, changes: Sequence[Change], per_packet: int = _PER_PACKET) -> Work:
     """What the library does."""
     starts = range(0, len(changes), per_packet)
-    packets = [[change.script_call for change in changes[start : start + per_packet]] for start in starts]
+    calls = [change.script_call(arena.raw.ask(b"HGET", change.flow_key, b"updated_at")) for change in changes]
+    packets = [calls[start : start + per_packet] for start in starts]
     packed = [(pack(packet), len(packet)) for packet in packets]
 
     def work() -> None:

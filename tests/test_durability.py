@@ -157,7 +157,7 @@ def tear(server: Server, flows: FlowManager) -> Flow:
     server.kill()
     file = max(server.directory.rglob("*.incr.aof"), key=lambda path: path.stat().st_mtime)
     written = file.read_bytes()
-    file.write_bytes(written[: written.rfind(b"XADD") + 2])
+    file.write_bytes(written[: written.rfind(b"HSET") + 2])
     server.start()
     return flow
 
