@@ -53,8 +53,9 @@ if conditions ~= '' then
 end
 -- An etag names one version of a flow: where the stored one is the caller's, what the copy says is so. With the time,
 -- because an operation may have been applied twice, to what a failover lost and to what it kept.
-local etag, changed_at = unpack(call('HMGET', flow_key, 'etag', 'updated_at'), 1, 2)
-local version = (etag or '') .. ' ' .. (changed_at or '')
+local named = call('HMGET', flow_key, 'etag', 'updated_at')
+local etag = named[1]
+local version = (etag or '') .. ' ' .. (named[2] or '')
 local current = version == held
 local status, cancel_requested, revision = COPY_STATUS, '0', nil
 if not current or not COPY_STATUS or conditions ~= '' then
