@@ -7,7 +7,6 @@ import logging
 import sys
 import warnings
 from collections.abc import Sequence
-from itertools import cycle
 from secrets import randbelow
 
 from rich.console import Console
@@ -31,16 +30,17 @@ def main() -> int:
     parser.add_argument("--engine", choices=[engine.name for engine in ENGINES], help="otherwise all of them in turn")
     options = parser.parse_args()
     console = Console()
-    engines = cycle([engine for engine in ENGINES if options.engine in {None, engine.name}])
+    engines = [engine for engine in ENGINES if options.engine in {None, engine.name}]
     chosen = options.only or scenarios
     slices = max(1, round(options.minutes * 60 / _SLICE_S / len(chosen)))
     seconds = options.minutes * 60 / slices / len(chosen)
     console.print(f"seed {options.seed}: {len(chosen)} scenarios, {slices} times {seconds:.0f} s of each")
     verdicts = []
     for turn in range(slices):
-        for scenario in chosen:
+        for place, scenario in enumerate(chosen, turn):  # each scenario on another engine than the turn before
             stage, _, shell = scenario.partition("-")
-            verdict = run(stage, shell, next(engines), seconds=seconds, seed=options.seed + turn)
+            engine = engines[place % len(engines)]
+            verdict = run(stage, shell, engine, seconds=seconds, seed=options.seed + turn)
             verdicts.append(verdict)
             console.print(_line(verdict))
             for flaw in verdict.flaws[:5]:
