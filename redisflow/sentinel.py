@@ -21,7 +21,7 @@ from redis import exceptions as client_errors
 log = logging.getLogger("redisflow")
 
 _AGAIN_AFTER_S = 1.0
-_CANCEL_EVERY_S = 5.0  # no sooner, or the second would cut short the closing of connections that the first began
+_CANCEL_EVERY_S = 1.0  # no sooner, or the second would cut short the closing of connections that the first began
 _NEWS = ("+switch-master", "+promoted-slave")  # the second is heard first, from the Sentinel that leads the failover
 
 
@@ -46,11 +46,14 @@ class Sentinels:
 
     async def watch(self, switched: Callable[[], Awaitable[None]]) -> None:
         """Listen to all of them, for ever: each adopts a new primary in its own time, and may be the next one asked."""
-        await asyncio.gather(*(self._watch(settings, switched) for settings in self.settings))
+        watches = (self._watch(settings, switched) for settings in self.settings)
+        # Or a cancellation would end it with the first of them, and the others were still closing connections.
+        await asyncio.gather(*watches, return_exceptions=True)
 
     async def _watch(self, settings: Mapping[str, Any], switched: Callable[[], Awaitable[None]]) -> None:
         heard_before = False
-        while True:
+        task = asyncio.current_task()
+        while task is not None and not task.cancelling():  # an error on the way can take a cancellation's place
             try:
                 async with redis.asyncio.Redis(**settings) as client, client.pubsub() as ear:
                     await ear.subscribe(*_NEWS)
@@ -64,10 +67,8 @@ class Sentinels:
                 log.warning("a Sentinel does not tell of a new primary, so the old one is left late: %s", error)
                 return
             except (client_errors.RedisError, OSError):
-                task = asyncio.current_task()
-                if task is not None and task.cancelling():
-                    return  # an error on the way took the cancellation's place
-                await asyncio.sleep(_AGAIN_AFTER_S)
+                if not task.cancelling():
+                    await asyncio.sleep(_AGAIN_AFTER_S)
 
 
 class Watching:
