@@ -21,6 +21,7 @@ from redis import exceptions as client_errors
 log = logging.getLogger("redisflow")
 
 _AGAIN_AFTER_S = 1.0
+_GOODBYE_S = 0.5
 _CANCEL_EVERY_S = 1.0  # no sooner, or the second would cut short the closing of connections that the first began
 _NEWS = ("+switch-master", "+promoted-slave")  # the second is heard first, from the Sentinel that leads the failover
 
@@ -60,15 +61,27 @@ class Sentinels:
                     if heard_before:  # it may have said so meanwhile
                         await switched()
                     heard_before = True
-                    async for message in ear.listen():
-                        if message["type"] == "message" and self.name.encode() in message["data"].split():
-                            await switched()
+                    writer = ear.connection._writer  # noqa: SLF001 - redis-py has no public way to see it closed
+                    try:
+                        async for message in ear.listen():
+                            if message["type"] == "message" and self.name.encode() in message["data"].split():
+                                await switched()
+                    finally:
+                        await _closed(writer)
             except client_errors.NoPermissionError as error:
                 log.warning("a Sentinel does not tell of a new primary, so the old one is left late: %s", error)
                 return
             except (client_errors.RedisError, OSError):
                 if not task.cancelling():
                     await asyncio.sleep(_AGAIN_AFTER_S)
+
+
+async def _closed(writer: asyncio.StreamWriter) -> None:
+    """Wait until it is: redis-py does not, where reading is cancelled, and TLS takes its time to say goodbye."""
+    writer.close()
+    with suppress(OSError):  # a timeout is one
+        async with asyncio.timeout(_GOODBYE_S):
+            await writer.wait_closed()
 
 
 class Watching:

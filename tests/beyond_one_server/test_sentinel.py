@@ -102,7 +102,7 @@ def test_a_planned_failover_is_followed_at_once(flows: Any, group: Sentinels) ->
 
 def test_connections_leave_the_old_primary(flows: Any, group: Sentinels) -> None:
     """Those that are idle too: what is written next is on the new one, though the old one would still take it."""
-    flow = flows.create_mirrored(**WHO)
+    flow = flows.with_durability("replicas:2").create_mirrored(**WHO)
     group.fail_over()
     wait_until(lambda: _is_at(flows.update_state(flow.id, {"x": 1}), flows, group), description="it is left")
     group.await_healthy()

@@ -93,7 +93,7 @@ def test_a_failover_is_heard_of_and_followed(open_url: Open, group: Sentinels, t
     """From Sentinels that listen on nothing but TLS."""
     group.await_healthy()
     flows = open_url(trusting(group.url, tls_folder / "ours-ca.crt"), **PATIENT)
-    flow = flows.create_mirrored(**WHO)
+    flow = flows.with_durability("replicas:1").create_mirrored(**WHO)
     wait_until(lambda: subscriptions(group) == 2 * len(group.sentinels), description="both channels of each are heard")
     group.fail_over()
     group.await_healthy()
