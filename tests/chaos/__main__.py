@@ -17,6 +17,7 @@ from tests.chaos.stages import STAGES
 from tests.chaos.suite import SHELLS, Verdict, run
 from tests.support.servers import ENGINES
 
+_LEAST_WIDTH = 160  # what the table takes
 _SLICE_S = 60.0  # of a scenario, before it begins anew on fresh servers
 
 
@@ -29,7 +30,7 @@ def main() -> int:
     parser.add_argument("--only", action="append", choices=scenarios, help="a scenario; may be repeated")
     parser.add_argument("--engine", choices=[engine.name for engine in ENGINES], help="otherwise all of them in turn")
     options = parser.parse_args()
-    console = Console()
+    console = Console(width=max(Console().width, _LEAST_WIDTH))
     engines = [engine for engine in ENGINES if options.engine in {None, engine.name}]
     chosen = options.only or scenarios
     slices = max(1, round(options.minutes * 60 / _SLICE_S / len(chosen)))
