@@ -28,8 +28,9 @@ _LARGE_BYTES, _LARGE_COMMANDS = 64 * 1024, 64
 # Packets under way on one connection; a further caller waits.
 _MAX_UNDER_WAY = 4096
 # A write takes about half of what is under way: the server is at work on it while the other half is made, and a
-# system call is spared for each packet but the first. No more at once, or callers could pile up bytes.
-_LEAST_WRITE, _LARGEST_WRITE = 16, 256  # packets
+# system call is spared for each packet but the first. Few are written at once: so it is for each node of a cluster, and
+# halves would be more system calls than they are worth. No more at once, or callers could pile up bytes.
+_LEAST_WRITE, _LARGEST_WRITE = 24, 256  # packets
 _READ_BYTES = 256 * 1024
 
 
