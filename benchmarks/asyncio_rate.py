@@ -27,7 +27,7 @@ from uuid import uuid4
 import hiredis
 import redis.asyncio
 
-from benchmarks.lives import answered, create, is_small, load_scripts
+from benchmarks.lives import ScriptCall, create, fields_of, is_small, load_scripts, recorded
 from benchmarks.measure import Command, Curve, Plan, Row, compare, interleaved
 from benchmarks.server import Server
 from redisflow import AsyncFlowManager, Flow, FlowManager
@@ -110,12 +110,15 @@ async def _recorded_rate(flows: FlowManager, callers: int, calls: int, connected
     made = [_running(flows) for _ in range(callers)]
     scripts = [_recorded(flows, flow, calls) for flow in made]
 
-    async def drive(call: Client, commands: Sequence[Command]) -> list[Any]:
-        return [await call(command) for command in commands]
+    async def drive(call: Client, flow: Flow, script_calls: Sequence[ScriptCall]) -> list[Any]:
+        replies = [fields_of(flow)[b"updated_at"]]
+        for script_call in script_calls:
+            replies.append(await call(script_call.after(replies[-1])))
+        return replies
 
     async with connected() as call:
         began = time.perf_counter()
-        replies = await asyncio.gather(*[drive(call, commands) for commands in scripts])
+        replies = await asyncio.gather(*[drive(call, *one) for one in zip(made, scripts, strict=True)])
         seconds = time.perf_counter() - began
     assert all(is_small(reply) for of_one in replies for reply in of_one), replies[0][:3]
     read = flows.get_many(made)
@@ -123,16 +126,16 @@ async def _recorded_rate(flows: FlowManager, callers: int, calls: int, connected
     return callers * calls / seconds
 
 
-def _recorded(flows: FlowManager, flow: Flow, calls: int) -> list[Command]:
-    commands = []
+def _recorded(flows: FlowManager, flow: Flow, calls: int) -> list[ScriptCall]:
+    script_calls = []
     for number in range(calls):
         patch = {"processed": number, "last_message": "inbox/2026/17"}
         operation = changes.update_state(
             flows.namespace, flow, patch, next_step=None, increment=None, unset=(), expected_revision=None, op_id=None
         )
-        command, flow = answered(operation)
-        commands.append(command)
-    return commands
+        script_call, flow = recorded(flow, operation)
+        script_calls.append(script_call)
+    return script_calls
 
 
 @asynccontextmanager

@@ -59,19 +59,30 @@ _clock_us = count(1_760_000_000_000_000)
 
 
 @attrs.frozen
+class ScriptCall:
+    """A change's command as the library sends it, but for when the server made the version before it."""
+
+    _command: Command
+    _held_at: int
+
+    def after(self, changed_at: bytes) -> Command:
+        """Build the command for a caller whose copy the server changed last at a time, in microseconds."""
+        command, held_at = self._command, self._held_at
+        etag = command[held_at].partition(b" ")[0]
+        return (*command[:held_at], b"%b %b" % (etag, changed_at), *command[held_at + 1 :])
+
+
+@attrs.frozen
 class Change:
     """One change of one flow."""
 
     flow_key: bytes
     plain_writes: Sequence[Command]
-    _script_call: Command
-    _held_at: int
+    _script_call: ScriptCall
 
     def script_call(self, changed_at: bytes) -> Command:
-        """The library's command, for a caller whose copy the server changed last at a time, in microseconds."""
-        call = self._script_call
-        etag = call[self._held_at].partition(b" ")[0]
-        return (*call[: self._held_at], b"%b %b" % (etag, changed_at), *call[self._held_at + 1 :])
+        """Build the library's command, for a caller whose copy the server changed last at a time, in microseconds."""
+        return self._script_call.after(changed_at)
 
 
 @attrs.frozen(eq=False)
@@ -115,6 +126,12 @@ def answered(operation: Generator[Any, Any, Flow]) -> tuple[Command, Flow]:
     raise AssertionError("a verb is one command")
 
 
+def recorded(flow: Flow, operation: Generator[Any, Any, Flow]) -> tuple[ScriptCall, Flow]:
+    """Drive an operation on a copy of a flow without a server: its command, and the flow after it."""
+    command, changed = answered(operation)
+    return ScriptCall(command, command.index(cast("StoredFlow", flow._base).held)), changed
+
+
 def fields_of(flow: Flow) -> Fields:
     """The hash of a flow as the caller's copy has it."""
     return cast("StoredFlow", flow._base).fields
@@ -143,10 +160,10 @@ def _life(flows: FlowManager, flow_id: UUID, op_id: str) -> Life:
     flow = create(flows, flow_id, op_id)
     done = []
     for _, operation, kind, payload in LIFE:
-        command, changed = answered(operation(flows.namespace, flow))
+        flow_key = flows.namespace.keyspace.partition_of(flow_id).flow(str(flow_id).encode())
+        call, changed = recorded(flow, operation(flows.namespace, flow))
         event = (kind.encode(), codec.pack("payload", payload))
-        held_at = command.index(cast("StoredFlow", flow._base).version)
-        done.append(Change(command[3], _plain_writes(flows.namespace, flow, changed, event), command, held_at))
+        done.append(Change(flow_key, _plain_writes(flows.namespace, flow, changed, event), call))
         flow = changed
     return Life(flow_id, op_id, done)
 

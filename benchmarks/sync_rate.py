@@ -17,10 +17,10 @@ import pstats
 import time
 from collections.abc import Iterator
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
-from benchmarks.lives import answered, create, is_small, load_scripts
+from benchmarks.lives import create, fields_of, is_small, load_scripts, recorded
 from benchmarks.measure import Plan, Row, compare, interleaved
 from benchmarks.server import Server
 from redisflow import Flow, FlowManager, NewFlow
@@ -105,18 +105,21 @@ def _library_rate(flows: FlowManager, calls: int) -> float:
 
 def _client_rate(flows: FlowManager, client: redis.Redis, calls: int) -> float:
     flow = first = _running(flows)
-    recorded = []
+    calls_made = []
     for number in range(calls):
         patch = {"processed": number, "last_message": "inbox/2026/17"}
         operation = changes.update_state(
             flows.namespace, flow, patch, next_step=None, increment=None, unset=(), expected_revision=None, op_id=None
         )
-        (_, sha, n_keys, *keys_and_args), flow = answered(operation)
-        recorded.append((sha.decode(), int(n_keys), keys_and_args))
-    replies = []
+        call, flow = recorded(flow, operation)
+        calls_made.append(call)
+    replies: list[Any] = []
+    reply: Any = fields_of(first)[b"updated_at"]
     began = time.perf_counter()
-    for script, count, given in recorded:
-        replies.append(client.evalsha(script, count, *given))
+    for call in calls_made:
+        _, script, count, *given = call.after(reply)
+        reply = client.evalsha(script.decode(), int(count), *given)
+        replies.append(reply)
     rate = calls / (time.perf_counter() - began)
     assert all(map(is_small, replies)), replies[:3]
     read = flows.get(first)

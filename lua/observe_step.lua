@@ -6,16 +6,17 @@
 --
 -- A prelude binds EVENT_MAXLEN: about how many entries the trail keeps, nil for all.
 --
--- KEYS  1 flow  2 events  3 steps
+-- KEYS  1 flow  2 events  3 steps  4 seen   only where the caller brought the op
 -- ARGV  1 op          id of this operation: stands in the event
---       2 conditions  '' or '<look>|<expected>|<owner>', see include/conditions.lua and docs/layout.md
+--       2 conditions  '' or '<attempt>|<refusal>|<expected>|<owner>', see include/conditions.lua and docs/layout.md
 --       3 run_id
 --       4 head        array header and id, for a step that is new
 --       5 child       child_session_key, packed
 --       6 tail        the other fields, packed
 --       7 kind  8 payload
--- REPLY OK step | ABSENT | UNKNOWN | OTHER_OP kind | STALE revision | CORRUPT field
-local flow_key, events_key, steps_key = KEYS[1], KEYS[2], KEYS[3]
+-- REPLY OK step | ABSENT | OTHER_OP kind | STALE revision | CORRUPT field
+--       error FENCED fence | error REFUSED note | error UNSETTLED
+local flow_key, events_key, steps_key, seen_key = unpack(KEYS, 1, 4)
 local op, conditions, run_id, head, child, tail, kind, payload = unpack(ARGV, 1, 8)
 
 --- include: audit_guard.lua
@@ -41,12 +42,12 @@ local function packed_text(bytes, from)
   return length and #bytes > from + length - 1 and string.sub(bytes, from, from + length - 1) or nil
 end
 
-local revision, refusal, entry = audit_guard(flow_key, events_key, op, kind, conditions)
+local revision, refusal, entry = audit_guard(flow_key, events_key, seen_key, op, kind, conditions)
 if refusal then
   return refusal
 end
 local old = redis.call('HGET', steps_key, run_id)
-if entry then
+if entry ~= nil then
   return old and {'OK', old} or {'ABSENT'}
 end
 local old_child = old and packed_text(old, CHILD_FROM)
@@ -67,12 +68,14 @@ if old then
 end
 local step = head .. created_at .. observed_at .. child .. tail
 -- The event first: a script that fails midway keeps what it wrote before, and nothing behind this can fail.
-if EVENT_MAXLEN then
-  redis.call(
+local event_id = EVENT_MAXLEN
+  and redis.call(
     'XADD', events_key, 'MAXLEN', '~', EVENT_MAXLEN, '*', 'rev', revision, 'kind', kind, 'op', op, 'payload', payload
   )
-else
-  redis.call('XADD', events_key, '*', 'rev', revision, 'kind', kind, 'op', op, 'payload', payload)
-end
+  or redis.call('XADD', events_key, '*', 'rev', revision, 'kind', kind, 'op', op, 'payload', payload)
 redis.call('HSET', steps_key, run_id, step)
+if seen_key then
+  --- include: remember.lua
+  remember(seen_key, op, event_id)
+end
 return {'OK', step}

@@ -2,20 +2,21 @@
 --
 -- A prelude binds MEND: whether to mend, or just to look.
 --
--- KEYS  1 flow; then any of the sets of its owner, of statuses, due and waiters, and its events and steps
--- ARGV  1 op          id of this operation; it leaves no trace
---       2 conditions  of no use here: what a first attempt mended is right when a resend looks
---       3 flow_id
---       4 wait        the stored wait that due_at was read from, '' for none
---       5 due_at      microseconds: when an engine must look at that wait, '' for never
+-- Running it again does no harm: it decides by what it finds.
+--
+-- KEYS  1 flow; then any of the sets of its owner, of statuses, due and waiters, and its events, steps and seen
+-- ARGV  1 flow_id
+--       2 wait        the stored wait that due_at was read from, '' for none
+--       3 due_at      microseconds: when an engine must look at that wait, '' for never
 --                     then, for each key behind the flow's, its kind and what it is for: an owner, a status,
 --                     '<topic>\0<correlation_id>\0', or ''
 -- REPLY for each of those keys with something wrong: its number, what is there, what should be; '' for nothing
 local flow_key = KEYS[1]
 local kept_keys = {unpack(KEYS, 2)}
-local flow_id, wait, due_at = unpack(ARGV, 3, 5)
+local flow_id, wait, due_at = unpack(ARGV, 1, 3)
 
-local exists = redis.call('EXISTS', flow_key) == 1
+--- include: is_gone.lua
+local exists = not is_gone(flow_key)
 local stored = redis.call(
   'HMGET', flow_key, 'status', 'updated_at', 'created_at', 'owner_session_key', 'wait', 'waiter', 'cancel_requested'
 )
@@ -50,11 +51,14 @@ local right_for = {
   steps = function(_, found)
     return exists and found
   end,
+  seen = function(_, found)
+    return exists and found
+  end,
 }
 local wrong, mends = {}, {}
 for n, key in ipairs(kept_keys) do
-  local kind, name = unpack(ARGV, 4 + 2 * n, 5 + 2 * n)
-  local is_set = kind ~= 'events' and kind ~= 'steps'
+  local kind, name = unpack(ARGV, 2 + 2 * n, 3 + 2 * n)
+  local is_set = kind ~= 'events' and kind ~= 'steps' and kind ~= 'seen'
   local member = kind == 'waiters' and name .. flow_id or flow_id
   local found = is_set and redis.call('ZSCORE', key, member)
     or not is_set and redis.call('EXISTS', key) == 1 and '1'

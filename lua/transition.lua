@@ -14,6 +14,7 @@
 --                     COPY_STATUS; nil for the others
 --   target_key        the set of the status it leads to; nil for the same
 --   due_key, waiters_key   nil where it neither enters nor leaves a wait
+--   seen_key          the index of the operation ids that callers brought; nil where this one was not brought
 --   FIELDS_FROM       where in ARGV the field and value pairs begin
 -- and, nil where the verb does not take them:
 --   kind              of the event
@@ -27,69 +28,81 @@
 --
 -- KEYS  1 flow  2 events, then the prelude's
 -- ARGV  1 op              id of this operation: becomes the flow's etag, stands in the event
---       2 conditions      '' or '<look>|<expected>|<owner>', see include/conditions.lua and docs/layout.md
+--       2 conditions      '' or '<attempt>|<refusal>|<expected>|<owner>', see include/conditions.lua and docs/layout.md
 --       3 flow_id
---       4 held            etag and updated_at of the caller's copy, with a space between; '' for none
+--       4 held            etag, as it is stored, and updated_at of the caller's copy; '' for none
 --       5 next_revision   one more than the revision of the caller's copy
 --       6 payload         of the event; then the prelude's, then fields
 -- REPLY updated_at, or OK updated_at event_id   applied, and the caller's copy was current
 --       FLOW fields event_id event_revision    applied, now or before: the whole hash
 --       SAME | FLOW fields                     nothing to do
 --       OTHER_KEYS                             it is in another status than COPY_STATUS: call again with all keys
---       ABSENT | UNKNOWN | STALE revision | TERMINAL status | PENDING | ILLEGAL status
---       NOT_INTEGER field | NOT_MAPPING | CORRUPT field
+--       ABSENT | STALE revision | TERMINAL status | PENDING | ILLEGAL status
+--       NOT_INTEGER field | NOT_MAPPING | OTHER_OP kind | CORRUPT field
+--       error FENCED fence                     the attempt was sent before somebody settled the flow: not applied
+--       error REFUSED note                     the operation was refused since the attempt was sent: not applied
+--       error UNSETTLED                        the event that a search has found is gone: settle the flow again
 local call = redis.call
 local flow_key, events_key = KEYS[1], KEYS[2]
 local op, conditions, flow_id, held, next_revision, payload = unpack(ARGV, 1, 6)
 
-local look, expected = '', ''
+local attempt, refusal, expected = '', '', ''
 if conditions ~= '' then
   --- include: conditions.lua
-  local hidden
-  look, expected, hidden = read_conditions(flow_key, conditions)
-  if hidden then
+  local is_hidden
+  attempt, refusal, expected, is_hidden = read_conditions(flow_key, conditions)
+  if is_hidden then
     return {'ABSENT'}
   end
 end
--- An etag names one version of a flow: where the stored one is the caller's, what the copy says is so. With the time,
--- because an operation may have been applied twice, to what a failover lost and to what it kept.
+-- An etag names one version of a flow, and its fence: where the stored one is the caller's, what the copy says is so.
+-- With the time, because an operation may have been applied twice, to what a failover lost and to what it kept.
 local named = call('HMGET', flow_key, 'etag', 'updated_at')
-local etag = named[1]
-local version = (etag or '') .. ' ' .. (named[2] or '')
-local current = version == held
+local etag, changed_at = named[1] or '', named[2] or ''
+local current = held == etag .. ' ' .. changed_at
 local status, cancel_requested, revision = COPY_STATUS, '0', nil
-if not current or not COPY_STATUS or conditions ~= '' then
+if not current or not COPY_STATUS or conditions ~= '' or seen_key then
   local stored = call('HMGET', flow_key, 'status', 'cancel_requested', 'revision')
   status, cancel_requested, revision = unpack(stored, 1, 3)
 end
 
 -- Guards, in the order docs/concepts.md gives; nothing is written before the last of them.
-if not status and call('EXISTS', flow_key) == 0 then
-  return {'ABSENT'}
+if not status then
+  --- include: is_gone.lua
+  if is_gone(flow_key) then
+    --- include: absent.lua
+    return absent(flow_key, seen_key, etag)
+  end
 end
+local is_found = false
 if not current or conditions ~= '' then
+  local fence = string.sub(etag, 34)
+  is_found = string.sub(attempt, 1, 1) == '='
+  if attempt ~= fence and not is_found then
+    return redis.error_reply('FENCED ' .. fence)
+  end
   if not revision or not string.match(revision, '^%d+$') then
     return {'CORRUPT', 'revision'}
   end
   next_revision = string.format('%.0f', revision + 1)
 end
-if conditions ~= '' or etag == op then
-  if etag == op or look ~= '' then
-    --- include: look_back.lua
-    local verdict, entry = look_back(events_key, op, etag == op and 'deep' or look)
-    if verdict == 'FOUND' then
-      if kind ~= entry[2][4] then
-        return {'OTHER_OP', entry[2][4]}
-      end
-      return {'FLOW', call('HGETALL', flow_key), entry[1], entry[2][2]}
-    elseif etag == op then
-      return {'FLOW', call('HGETALL', flow_key), '', revision}
-    elseif verdict == 'UNKNOWN' then
-      return {'UNKNOWN'}
-    end
+if is_found or seen_key then
+  --- include: replay.lua
+  local entry, again = replay(events_key, seen_key, op, attempt, refusal, etag)
+  if again then
+    return again
+  elseif entry and kind ~= entry[2][4] then
+    return {'OTHER_OP', entry[2][4]}
+  elseif entry then
+    return {'FLOW', call('HGETALL', flow_key), entry[1], entry[2][2]}
+  elseif entry == false then
+    return {'FLOW', call('HGETALL', flow_key), '', revision}
   end
-  if expected ~= '' and expected ~= revision and expected ~= revision .. ' ' .. version then
-    return {'STALE', revision}
+end
+if expected ~= '' and expected ~= revision then
+  if expected ~= revision .. ' ' .. string.sub(etag, 1, 32) .. ' ' .. changed_at then
+    --- include: refuse.lua
+    return seen_key and refuse(seen_key, op, {'STALE', revision}) or {'STALE', revision}
   end
 end
 local source_key = status == 'running' and running_key or status == 'waiting' and waiting_key
@@ -107,28 +120,28 @@ if not source_key or pending then
   elseif pending then
     return {'PENDING'}
   end
-  return string.find(SOURCES, barred, 1, true) and {'OTHER_KEYS'} or {'ILLEGAL', status}
+  if string.find(SOURCES, barred, 1, true) then
+    return {'OTHER_KEYS'}
+  end
+  --- include: refuse.lua
+  return seen_key and refuse(seen_key, op, {'ILLEGAL', status}) or {'ILLEGAL', status}
 end
 local rest = FIELDS_FROM
 if n_unset then
   --- include: int64.lua
   if n_unset + n_increment > 0 and call('HEXISTS', flow_key, 's') == 1 then
-    return {'NOT_MAPPING'}
+    --- include: refuse.lua
+    return seen_key and refuse(seen_key, op, {'NOT_MAPPING'}) or {'NOT_MAPPING'}
   end
   for i = rest + n_unset, rest + n_unset + 2 * n_increment - 1, 2 do
     local field, delta = unpack(ARGV, i, i + 1)
     if not sum_fits(call('HGET', flow_key, field) or '0', delta) then
-      return {'NOT_INTEGER', field}
+      --- include: refuse.lua
+      return seen_key and refuse(seen_key, op, {'NOT_INTEGER', field}) or {'NOT_INTEGER', field}
     end
   end
 end
--- A script that fails midway keeps what it wrote before, so a key of the wrong type must fail here. The event is
--- written first and needs no check; nor could one tell that its stream is at the greatest id there is.
-local moves = target_key and target_key ~= source_key
-call('ZCARD', target_key or source_key)
-if moves then
-  call('ZCARD', source_key)
-end
+-- A script that fails midway keeps what it wrote before, so a key of the wrong type must fail here.
 if due_key and (status == 'waiting' or TARGET == 'waiting') then
   call('ZCARD', due_key)
   call('ZCARD', waiters_key)
@@ -137,15 +150,26 @@ end
 local now = call('TIME')
 local updated_at = now[1] .. string.sub('00000' .. now[2], -6)
 
-local event_id = EVENT_MAXLEN
-  and call(
+-- The first writes are their own checks: a key of the wrong type, or a stream at the greatest id there is, makes one
+-- fail before it has written anything, and what was written before it is taken back.
+local index_key = target_key or source_key
+local moves = index_key ~= source_key
+call('ZADD', index_key, updated_at, flow_id)
+local removed = moves and redis.pcall('ZREM', source_key, flow_id)
+local event_id = type(removed) == 'table' and removed
+  or EVENT_MAXLEN and redis.pcall(
     'XADD', events_key, 'MAXLEN', '~', EVENT_MAXLEN, '*', 'rev', next_revision, 'kind', kind, 'op', op,
     'payload', payload
   )
-  or call('XADD', events_key, '*', 'rev', next_revision, 'kind', kind, 'op', op, 'payload', payload)
-call('ZADD', target_key or source_key, updated_at, flow_id)
-if moves then
-  call('ZREM', source_key, flow_id)
+  or redis.pcall('XADD', events_key, '*', 'rev', next_revision, 'kind', kind, 'op', op, 'payload', payload)
+if type(event_id) == 'table' then
+  if moves then
+    call('ZREM', index_key, flow_id)
+  end
+  if removed == 1 or not moves then
+    call('ZADD', source_key, changed_at, flow_id)
+  end
+  return event_id
 end
 if status == 'waiting' and TARGET then
   local waited_for = call('HGET', flow_key, 'waiter')
@@ -180,7 +204,8 @@ while #ARGV - rest > 4000 do
   rest = rest + 4000
 end
 call(
-  'HSET', flow_key, 'status', TARGET or status, 'revision', next_revision, 'etag', op, 'updated_at', updated_at,
+  'HSET', flow_key, 'status', TARGET or status, 'revision', next_revision,
+  'etag', #etag > 32 and op .. string.sub(etag, 33) or op, 'updated_at', updated_at,
   unpack(ARGV, rest)
 )
 if stamp_field then
@@ -200,6 +225,10 @@ if look_at and look_at ~= '' then
 end
 if waiter and waiter ~= '' then
   call('ZADD', waiters_key, 0, waiter .. flow_id)
+end
+if seen_key then
+  --- include: remember.lua
+  remember(seen_key, op, event_id)
 end
 if not current then
   return {'FLOW', call('HGETALL', flow_key), event_id, next_revision}

@@ -75,7 +75,7 @@ class AsyncFlowManager:
         answer: Any
         try:
             wanted = next(op)
-            if type(wanted) is not Call or policy.confirm is not None:
+            if type(wanted) is not Call or wanted.doubtful or policy.confirm is not None:
                 return await drive(wire, go_on(op, wanted, policy))
             # Nearly every operation is one call, and is answered: of thousands under way, each waits just here.
             sent_s = policy.clock()
@@ -185,7 +185,11 @@ class AsyncFlowManager:
         )
 
     async def create_many(self, inputs: Iterable[NewFlow], *, exist_ok: bool = False) -> list[Flow]:
-        """Create flows, each as by `create_managed`, many to a round trip; bad input is refused before any is sent."""
+        """Create flows, each as by `create_managed`, many to a round trip; bad input is refused before any is sent.
+
+        Raises:
+            PartialFailure: some could not be created; the error names each, and has the others, which were created.
+        """
         return await self.perform(batches.create_many(self.namespace, inputs, exist_ok=exist_ok))
 
     # --- reading ---
@@ -433,7 +437,11 @@ class AsyncFlowManager:
         )
 
     async def prune_terminal_flows(self, older_than: timedelta) -> int:
-        """Delete ended flows that have not changed for `older_than`, never a live one. Returns how many."""
+        """Delete ended flows that have not changed for `older_than`, never a live one. Returns how many.
+
+        Raises:
+            PartialFailure: some could not be deleted; it stops after their page, which holds 500 flows.
+        """
         return await self.perform(upkeep.prune_terminal_flows(self.namespace, older_than))
 
     async def doctor(self, *, repair: bool = False, quiet_after: timedelta = timedelta(days=1)) -> Diagnosis:

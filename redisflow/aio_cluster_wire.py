@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from redisflow.aio_wire import AsyncWire
 from redisflow.calls import Again, Block, Lost, Packet, Primaries, Refusal, Reply
-from redisflow.cluster_wire import ANSWER_WITHIN_S, LOOK_EVERY_S, NO_NODE_ANSWERS
-from redisflow.singleflight import AsyncSingleFlight
+from redisflow.cluster_wire import ANSWER_WITHIN_S, LOOK_EVERY_S, NO_NODE_ANSWERS, must_count
+from redisflow.singleflight import AsyncGathering, AsyncSingleFlight
 from redisflow.topology import SLOTS_COMMAND, Address, Part, Topology, no_cluster, uncovered
+from redisflow.wire import COUNT_EVERY_S
 
 try:
     from redisflow.multiplex import MultiplexedWire
@@ -34,6 +35,7 @@ class AsyncClusterWire:
         self._topology = Topology(cluster.seeds, cluster.remap)
         self._wires: dict[Address, AsyncWire] = {}
         self._wire_of: dict[int | None, AsyncWire] = {}  # by slot, as long as the topology stays
+        self.gathering = AsyncGathering()
         self._looking = AsyncSingleFlight[None](self._ask_around, failing=NO_NODE_ANSWERS, slack_s=LOOK_EVERY_S)
 
     def exchange(self, packet: Packet) -> Awaitable[list[Reply]]:
@@ -53,7 +55,7 @@ class AsyncClusterWire:
         return self._exchange(packet)
 
     async def _exchange(self, packet: Packet) -> list[Reply]:
-        await self._look(packet.again, packet.until_s)
+        await self._look(packet.again, packet.until_s, counts=must_count(packet.confirm))
         replies: list[Reply] = [uncovered(slot) for slot in packet.slots]
         parts = list(self._topology.parts(packet.slots, packet.again))
         if len(packet.slots) == 1 and parts and not parts[0].asking and packet.slots[0] is not None:
@@ -112,20 +114,30 @@ class AsyncClusterWire:
             wire = self._wires[address] = self._wire_to(self._cluster.endpoint_at(address))
         return wire
 
-    async def _look(self, again: Again | None, until_s: float = math.inf) -> None:
+    async def _look(self, again: Again | None, until_s: float = math.inf, *, counts: bool = False) -> None:
         """Ask who has what, if nothing is known or what is known did not serve.
 
+        Args:
+            again: what earlier attempts came to.
+            until_s: the deadline, in monotonic seconds.
+            counts: ask also if the number of replicas that is known is old.
+
         Raises:
-            Lost: no node said.
+            Lost: no node said, and nothing is known.
         """
         if again is not None:
             self._topology.learn(again)
             self._wire_of.clear()
-        elif self._topology.known:
+        elif self._topology.known and not (counts and self._topology.is_old(COUNT_EVERY_S)):
             return
-        await self._looking(until_s, again)
+        try:
+            await self._looking(until_s, again)
+        except Lost:
+            if again is not None or not self._topology.known:
+                raise
 
     async def _ask_around(self, again: Again | None) -> None:
+        self._topology.note_asked()
         failure = Lost(NO_NODE_ANSWERS, sent=False)
         for address in self._topology.informants(again):
             try:
@@ -145,7 +157,7 @@ class AsyncClusterWire:
     async def _drop_the_gone(self) -> None:
         self._wire_of.clear()
         for address in self._wires.keys() - self._topology.nodes():
-            await self._wires.pop(address).close()
+            await self._wires.pop(address).close(for_good=False)  # what was meant for it belongs to another node now
 
 
 def wire_to(

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Awaitable, Callable, Generator
+from functools import partial
 from typing import Any
 
 from redisflow.aio_cluster_wire import AsyncClusterWire, wire_to
 from redisflow.aio_wire import AsyncWire
-from redisflow.calls import Block, Lost, Packet, Primaries, T
+from redisflow.calls import Block, Lost, Packet, Primaries, T, Together
 from redisflow.connection import ClusterEndpoint, Endpoint
 from redisflow.delivery import Policy, Step, deliver
 from redisflow.link import LinkView
@@ -96,6 +97,8 @@ async def drive(wire: AsyncWire | AsyncClusterWire, steps: Generator[Step, Any, 
                     reply = await wire.block(step)
                 elif isinstance(step, Primaries):
                     reply = await wire.primaries(step)
+                elif isinstance(step, Together):
+                    reply = await wire.gathering(step, partial(drive, wire))
                 else:
                     await wire.pause(step.seconds)
                     reply = None

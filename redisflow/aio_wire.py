@@ -16,9 +16,8 @@ from redis.asyncio.sentinel import MasterNotFoundError
 from redisflow.calls import Block, Lost, Packet, Primaries, Refusal, Reply
 from redisflow.errors import StorageError
 from redisflow.sentinel import Sentinels, ended
-from redisflow.singleflight import AsyncSingleFlight
+from redisflow.singleflight import AsyncGathering, AsyncSingleFlight
 from redisflow.wire import (
-    CLIENT_ID,
     NO_SENTINEL_ANSWERS,
     NO_SENTINEL_COUNTS,
     SETTLE_S,
@@ -58,13 +57,14 @@ class AsyncWire:
         self._idle_blocking: deque[Line] = deque()
         self._slots = asyncio.Semaphore(max_connections)
         self._replicas = Replicas(endpoint.socket_timeout_s)
-        self._era, self._counted = 0, -1
+        self._era = 0
         self._finding = AsyncSingleFlight[Any](self._find, failing=NO_SENTINEL_ANSWERS)
         self._counting = AsyncSingleFlight[None](self._count, failing=NO_SENTINEL_COUNTS)
         self._closed = False
+        self.gathering = AsyncGathering()
         self._watching: asyncio.Task[None] | None = None
         if endpoint.sentinels is not None:
-            self._watching = self._loop.create_task(endpoint.sentinels.watch(self.renew))
+            self._watching = self._loop.create_task(endpoint.sentinels.watch(self.renew, self._replicas.recount))
 
     async def exchange(self, packet: Packet) -> list[Reply]:
         """Send a packet and read a reply for each command.
@@ -112,7 +112,7 @@ class AsyncWire:
         try:
             permitted = are_permitted(await _roundtrip(line.connection, subscribing(channels)))
         except (client_errors.RedisError, OSError) as error:
-            raise no_reply(error, line.client) from error
+            raise no_reply(error, line.server) from error
         finally:
             if not permitted:
                 await line.connection.disconnect(nowait=True)
@@ -129,10 +129,11 @@ class AsyncWire:
     async def renew(self) -> None:
         """Leave every connection, those in use once they are idle: another server has become the primary."""
         self._era += 1
+        self._replicas.forget()
         await self._drop(self._idle)
         await self._drop(self._idle_blocking)
 
-    async def close(self) -> None:
+    async def close(self, *, for_good: bool = True) -> None:  # noqa: ARG002 - a shared connection needs it
         """Close every connection, those in use once they are idle, and leave an embedded server."""
         self._closed = True
         if self._watching is not None:
@@ -158,17 +159,16 @@ class AsyncWire:
 
     async def _exchange_over(self, idle: deque[Line], packet: Packet) -> list[Reply]:
         confirm, sentinels = packet.confirm, self._endpoint.sentinels
-        if confirm is not None and confirm.replicas is None and sentinels is not None and self._counted != self._era:
-            await self._counting(packet.until_s, sentinels, packet.until_s)
+        if sentinels is not None and self._replicas.must_be_counted(confirm):
+            await self._count_replicas(packet.until_s, sentinels)
         line = idle.pop() if idle else await self._open(packet.until_s)
-        kills = line.kills(packet.again)
         wait = None if confirm is None else self._replicas.wait(confirm, packet.until_s)
-        commands = [*kills, *packet.commands, *(() if wait is None else wait.commands())]
-        begin, end = len(kills), len(kills) + len(packet.commands)
+        commands = [*packet.commands, *(() if wait is None else wait.commands())]
+        count = len(packet.commands)
         try:
             async with asyncio.timeout_at(self._loop.time() + packet.until_s - time.monotonic()):
                 everything = await _roundtrip(line.connection, commands)
-                replies, said = everything[begin:end], everything[end:]
+                replies, said = everything[:count], everything[count:]
                 if wait is not None:
                     while wait.goes_on(said, renewed=line.era != self._era):
                         said = await _roundtrip(line.connection, wait.commands())
@@ -179,7 +179,7 @@ class AsyncWire:
             if not isinstance(error, client_errors.RedisError | OSError):
                 raise
             await self._drop(idle)  # what broke one connection has most likely broken the idle ones
-            raise no_reply(error, line.client) from error
+            raise no_reply(error, line.server) from error
         if line.era != self._era or any(type(reply) is Refusal and reply.code == "READONLY" for reply in replies):
             await line.connection.disconnect(nowait=True)  # its server is a replica by now
             return replies
@@ -199,11 +199,18 @@ class AsyncWire:
         except (client_errors.RedisError, OSError) as error:
             raise not_sent(error, NO_SENTINEL_ANSWERS) from error
 
+    async def _count_replicas(self, until_s: float, sentinels: Sentinels) -> None:
+        """Ask the Sentinels how many replicas there are. If none answers, what was known before holds."""
+        try:
+            await self._counting(until_s, sentinels, until_s)
+        except Lost:
+            if not self._replicas.are_known:
+                raise
+
     async def _count(self, sentinels: Sentinels, until_s: float) -> None:
         """Ask the Sentinels how many replicas there are: in a failover the primary has lost sight of some."""
-        era = self._era
+        self._replicas.note_asked()
         self._replicas.expect(counted(await self._told(sentinels, until_s, "sentinel_slaves", sentinels.name)))
-        self._counted = era
 
     @staticmethod
     async def _told(sentinels: Sentinels, until_s: float, question: str, *args: str) -> list[Any]:
@@ -222,13 +229,12 @@ class AsyncWire:
         try:
             async with asyncio.timeout(until_s - time.monotonic()):
                 await (connection.connect() if primary is None else connection.connect_to(primary))
-                (client_id,) = await _roundtrip(connection, [CLIENT_ID]) if self._endpoint.real_server else [None]
         except BaseException as error:
             await connection.disconnect(nowait=True)
             if not isinstance(error, client_errors.RedisError | OSError):
                 raise
             raise not_sent(error) from error
-        return Line.of(connection, client_id, era)
+        return Line.of(connection, era)
 
 
 class AsyncEar:

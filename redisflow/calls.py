@@ -6,7 +6,8 @@ resumed with the reply, or with the error thrown in. It knows no client; `delive
 
 from __future__ import annotations
 
-from collections.abc import Collection, Generator, Sequence
+from collections.abc import Callable, Collection, Generator, Hashable, Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 import attrs
@@ -21,20 +22,30 @@ if TYPE_CHECKING:
     from redisflow.scripts import Script, Source
 
 Reply = Any
+_ABSENT = [b"ABSENT"]  # a reply
+NO_COPY: Mapping[bytes, bytes] = MappingProxyType({})
 
 
 @attrs.define(eq=False)  # not frozen: that takes three times as long to make, and every operation makes one
 class Call:
-    """One run of a script.
+    """One run of a script that changes a flow.
 
     Attributes:
-        args: its ARGV behind the first two, which are the operation's id and the conditions.
+        args: its ARGV after the first two, which are the operation's id and the conditions.
         flow_id: the flow it is about.
         op_id: the operation's id.
-        look: `deep` where the caller brought the op, so that even a first attempt looks for it.
         expected: what the stored flow must be: `<revision>` or `<revision> <etag> <updated_at>`; empty for anything.
-        owner: to whom the caller is bound: the script takes another's flow for none. Empty for everybody's.
-        narrow: it has just the keys for the status of the caller's copy, and is answered OTHER_KEYS in another.
+        narrow: it has only the keys for the status of the caller's copy, and is answered OTHER_KEYS in another.
+        owner: act on this owner's flows only; to the script, other owners' flows do not exist. Empty: no restriction.
+        copy: hash fields of the flow as the caller has it: its fence, and its etag and `updated_at`, which name the
+            operation that made that version. Whatever this call does comes after it. Empty without a copy.
+        brought: whether the caller brought the op.
+        seen: the key of the flow's index of brought ids, if that tells whether the operation was applied.
+        doubtful: whether somebody may have tried the operation before, under an id that the library drew.
+        in_trail: whether the operation leaves an event.
+        if_deleted: the reply where the flow was deleted since the first attempt, whether another was created under its
+            id or not; `None` for a call that is about the id, such as a creation.
+        fence: the one that its first attempt knew; noted by delivery.
     """
 
     script: Script
@@ -43,23 +54,34 @@ class Call:
     args: Sequence[bytes]
     flow_id: UUID
     op_id: str
-    look: bytes = b""
     expected: bytes = b""
     narrow: bool = False
     owner: bytes = b""
+    copy: Mapping[bytes, bytes] = NO_COPY
+    brought: bool = False
+    seen: bytes = b""
+    doubtful: bool = False
+    in_trail: bool = True
+    if_deleted: Reply = _ABSENT
+    fence: bytes = b""
 
     @property
     def subject(self) -> str:
         """What it is about, for errors."""
         return f"flow {self.flow_id}"
 
-    def command(self, source: Source, span_ms: int | None = None, *, text: bool = False) -> tuple[bytes, ...]:
-        """The command of a first attempt, or of a resend `span_ms` milliseconds after it."""
+    def command(self, source: Source, attempt: bytes, refusal: bytes = b"", *, text: bool = False) -> tuple[bytes, ...]:
+        """Build the command.
+
+        Args:
+            source: the script's.
+            attempt: the flow's fence as it is known; or `=<event id>` where an earlier attempt was applied.
+            refusal: the note of the operation's last refusal, as it is known.
+            text: send the script's text, not its SHA.
+        """
         conditions = b""
-        if span_ms is not None:
-            conditions = b"%b%d|%b|%b" % (self.look, span_ms, self.expected, self.owner)
-        elif self.look or self.expected or self.owner:
-            conditions = b"%b|%b|%b" % (self.look, self.expected, self.owner)
+        if attempt or refusal or self.expected or self.owner:
+            conditions = b"%b|%b|%b|%b" % (attempt, refusal, self.expected, self.owner)
         keys = self.keys
         how = (b"EVAL", source.text) if text else (b"EVALSHA", source.sha)
         return (*how, b"%d" % len(keys), *keys, self.op_id.encode(), conditions, *self.args)
@@ -137,6 +159,23 @@ class Primaries:
 
 
 @attrs.frozen(eq=False)
+class Together:
+    """Share one run of some steps among all callers that want the same at the same time.
+
+    Attributes:
+        key: what is wanted.
+        items: this caller's part of it.
+        run: makes the steps from the items of all callers that wait. Resumed with their result.
+        until_s: the caller's deadline, in monotonic seconds.
+    """
+
+    key: Hashable
+    items: Sequence[Any]
+    run: Callable[[Sequence[Any]], Generator[Any, Any, Any]]
+    until_s: float
+
+
+@attrs.frozen(eq=False)
 class Pause:
     """Do nothing for some seconds. Resumed with `None`."""
 
@@ -162,10 +201,6 @@ class Pages(Protocol[T_co]):
 
 
 # --- between delivery and the wires --------------------------------------------------------------------
-
-
-# A connection as its server knows it: the server's address, and CLIENT ID.
-Client = tuple[str, int]
 
 
 class Packet(NamedTuple):
@@ -195,7 +230,7 @@ class Confirm:
         replicas: how many; `None` for all.
         within_s: seconds.
         flow_keys: those of the commands' flows. A resend that finds what its first attempt did writes nothing, and
-            newer servers then wait for nothing: so there is a write of its own to wait for.
+            newer servers then wait for nothing: so there is a write of its own to wait for, to one of these keys.
         asking: whether the node is to take it though the slot is still another's.
         at_least: how many replicas the primary is known to have, where all are to be waited for.
     """
@@ -214,11 +249,11 @@ class Unconfirmed(NamedTuple):
     wanted: int
     reached: int
 
-    def error(self, result: object) -> NotDurable:
-        """What to raise, once the operation has come to a result."""
+    def error(self, result: object, op_id: str) -> NotDurable:
+        """Return what to raise for an operation with this result."""
         parts = result if isinstance(result, tuple) else (result,)
         flow = next((part for part in parts if isinstance(part, Flow)), None)
-        return NotDurable(flow, self.wanted, self.reached)
+        return NotDurable(op_id, flow, self.wanted, self.reached)
 
 
 @attrs.frozen
@@ -226,11 +261,11 @@ class Again:
     """What earlier attempts came to.
 
     Attributes:
-        lost: connections that were lost: what is still on its way over one must not run behind its own resend.
+        silent: servers that did not answer, as `host:port`.
         redirects: for each command the refusal that says which node it belongs to, `None` for no such.
     """
 
-    lost: Collection[Client]
+    silent: Collection[str]
     redirects: Sequence[Refusal | None]
 
 
@@ -252,16 +287,14 @@ class Lost(Exception):
 
     Attributes:
         sent: whether the packet may have reached the server.
-        client: the connection that was lost, if the server said what it calls it.
+        server: the one that did not answer, as `host:port`; empty if that is not known.
         lasting: whether trying again is of no use, as with a wrong password.
         code: that of the refusal it comes from; empty where no server said anything.
     """
 
-    def __init__(
-        self, message: str, *, sent: bool, lasting: bool = False, client: Client | None = None, code: str = ""
-    ) -> None:
+    def __init__(self, message: str, *, sent: bool, lasting: bool = False, server: str = "", code: str = "") -> None:
         super().__init__(message)
         self.sent = sent
-        self.client = client
+        self.server = server
         self.lasting = lasting
         self.code = code

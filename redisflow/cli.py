@@ -32,6 +32,7 @@ from redisflow.errors import (
     IllegalTransition,
     InvalidData,
     LayoutMismatch,
+    PartialFailure,
     RevisionMismatch,
     StorageError,
 )
@@ -118,7 +119,9 @@ def _prepare_output() -> None:
 
 
 def exit_code(error: FlowError) -> int:
-    """The exit code that tells a script what kind of error it was."""
+    """Return the exit code that tells a script what kind of error it was: of several, that of the first."""
+    if isinstance(error, PartialFailure):
+        return exit_code(error.failed[0].error)
     return next((code for kind, code in _EXIT_CODES.items() if isinstance(error, kind)), _REFUSED)
 
 

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from redisflow.calls import Again, Block, Lost, Packet, Primaries, Refusal, Reply
-from redisflow.singleflight import SingleFlight
+from redisflow.calls import Again, Block, Confirm, Lost, Packet, Primaries, Refusal, Reply
+from redisflow.singleflight import Gathering, SingleFlight
 from redisflow.topology import SLOTS_COMMAND, Address, Part, Topology, no_cluster, uncovered
-from redisflow.wire import Carrying, Wire, rest
+from redisflow.wire import COUNT_EVERY_S, Carrying, Wire, rest
 
 if TYPE_CHECKING:
     from redisflow.connection import ClusterEndpoint, Endpoint
@@ -20,6 +20,11 @@ if TYPE_CHECKING:
 LOOK_EVERY_S = 0.1  # at most so often the nodes are asked who has what
 ANSWER_WITHIN_S = 1.0  # or another node is asked
 NO_NODE_ANSWERS = "no node of the cluster answers"
+
+
+def must_count(confirm: Confirm | None) -> bool:
+    """Tell whether a packet waits for all replicas, so that it matters how many there are."""
+    return confirm is not None and confirm.replicas is None
 
 
 class ClusterWire:
@@ -31,6 +36,7 @@ class ClusterWire:
         self._topology = Topology(cluster.seeds, cluster.remap)
         self._wires: dict[Address, Wire] = {}
         self._lock = threading.Lock()
+        self.gathering = Gathering()
         self._looking = SingleFlight[None](self._ask_around, failing=NO_NODE_ANSWERS, slack_s=LOOK_EVERY_S)
         self._wire_of: dict[int | None, Wire] = {}  # by slot, as long as the topology stays
 
@@ -45,7 +51,7 @@ class ClusterWire:
             wire = self._wire_of.get(slots[0])
             if wire is not None:
                 return wire.exchange(packet)
-        self._look(packet.again, packet.until_s)
+        self._look(packet.again, packet.until_s, counts=must_count(packet.confirm))
         replies: list[Reply] = [uncovered(slot) for slot in packet.slots]
         # In one order, or two threads could each hold the last connection that the other waits for; and for the same
         # reason one connection to each node at a time.
@@ -118,20 +124,30 @@ class ClusterWire:
                 wire = self._wires[address] = self._wire_to(self._cluster.endpoint_at(address))
             return wire
 
-    def _look(self, again: Again | None, until_s: float = math.inf) -> None:
+    def _look(self, again: Again | None, until_s: float = math.inf, *, counts: bool = False) -> None:
         """Ask who has what, if nothing is known or what is known did not serve.
 
+        Args:
+            again: what earlier attempts came to.
+            until_s: the deadline, in monotonic seconds.
+            counts: ask also if the number of replicas that is known is old.
+
         Raises:
-            Lost: no node said.
+            Lost: no node said, and nothing is known.
         """
         if again is not None:
             self._topology.learn(again)
             self._wire_of.clear()
-        if again is None and self._topology.known:
+        elif self._topology.known and not (counts and self._topology.is_old(COUNT_EVERY_S)):
             return
-        self._looking(until_s, again)
+        try:
+            self._looking(until_s, again)
+        except Lost:
+            if again is not None or not self._topology.known:
+                raise
 
     def _ask_around(self, again: Again | None) -> None:
+        self._topology.note_asked()
         failure = Lost(NO_NODE_ANSWERS, sent=False)
         for address in self._topology.informants(again):
             try:

@@ -29,6 +29,7 @@ _INTEGER_STARTS = frozenset(b"-0123456789")
 
 WHOLE_STATE: Final = b"s"
 STATE_PREFIX: Final = b"s:"
+OP_DIGITS: Final = 32  # of an operation id
 
 
 class _Refused(Exception):
@@ -250,7 +251,7 @@ _DECODERS: dict[str, Callable[[bytes], Any]] = {
     "status": lambda encoded: FlowStatus(encoded.decode()),
     "cancel_requested": _bit,
     "revision": _natural,
-    "etag": bytes.decode,
+    "etag": lambda encoded: encoded[:OP_DIGITS].decode(),  # a fence may follow
     "created_at": _when,
     "updated_at": _when,
 }
@@ -284,6 +285,17 @@ class StoredFlow:
     @property
     def version(self) -> bytes:
         """What names this version among all, those a failover has lost too: the operation that made it, and when.
+
+        Raises InvalidData as `read` does.
+        """
+        fields = self.fields
+        if b"etag" not in fields:
+            self.read("etag")
+        return b"%b %b" % (fields[b"etag"][:OP_DIGITS], fields.get(b"updated_at", b""))
+
+    @property
+    def held(self) -> bytes:
+        """This version, and the flow's fence if it has one, as the transition script compares them.
 
         Raises InvalidData as `read` does.
         """
@@ -333,14 +345,15 @@ def pairs(flat: Sequence[bytes]) -> dict[bytes, bytes]:
 
 
 def read_flow(flow_id: UUID, flat: Sequence[bytes]) -> Flow | None:
-    """Decode a whole flow from the reply of HGETALL; `None` for an empty one.
+    """Decode a whole flow from the reply of HGETALL; `None` for an empty one, or a tombstone.
 
     Raises:
         InvalidData: the stored bytes make no sense; names flow and field.
     """
-    if not flat:
+    stored = StoredFlow.of(flow_id, flat)
+    if not flat or b"gone" in stored.fields:
         return None
-    flow = Flow.from_stored(StoredFlow.of(flow_id, flat))
+    flow = Flow.from_stored(stored)
     for attribute in attrs.fields(Flow):
         getattr(flow, attribute.name)
     return flow

@@ -1,8 +1,8 @@
 """How an operation's calls reach the server exactly once.
 
-The client library's own resending is off; this is the only place that sends twice. A resend carries the id of
-its operation and says how long ago the first attempt was, so the script finds what that attempt did. The rules
-live in one generator, which the sync and the asyncio wire drive alike: it yields packets, blocks and pauses.
+The client library's own resending is off; this is the only place that sends twice. An attempt that was lost is settled
+before the call is sent again, see `redisflow.settling`. The rules live in one generator, which the sync and the asyncio
+wire drive alike: it yields packets, blocks, pauses and what is done together with others.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from redisflow.calls import (
     Batch,
     Block,
     Call,
-    Client,
     Command,
     Confirm,
     Lost,
@@ -33,10 +32,12 @@ from redisflow.calls import (
     Refusal,
     Reply,
     T,
+    Together,
     Unconfirmed,
 )
 from redisflow.errors import FlowError, InvalidData, OutcomeUnknown, StorageError
 from redisflow.scripts import Script, Source
+from redisflow.settling import Doubt, Verdict, Verdicts, fence_of, number_of, settle
 
 if TYPE_CHECKING:
     from uuid import UUID
@@ -68,7 +69,30 @@ _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.01, 1.0
 _LEAST_WAIT_S = 1.0  # for what an attempt comes to, however near the deadline it began
 _BATCH_LIMIT = 500
 
-Step = Packet | Block | Primaries | Pause
+_MOST_FENCES = 10_000
+
+Step = Packet | Block | Primaries | Pause | Together
+
+
+class Fences:
+    """The fences of flows that were told lately: a caller that has no copy of a flow has no other way to know."""
+
+    def __init__(self) -> None:
+        self._known: dict[UUID, bytes] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self._known)
+
+    def of(self, call: Call) -> bytes:
+        """Return the fence for a first attempt: that of the caller's copy, unless a later one was told."""
+        held, told = fence_of(call.copy), self._known.get(call.flow_id, b"")
+        return max(held, told, key=number_of)
+
+    def learn(self, flow_id: UUID, fence: bytes) -> None:
+        """Take in a fence."""
+        if len(self._known) >= _MOST_FENCES:
+            self._known.clear()  # each costs one more round trip to be told again
+        self._known[flow_id] = fence
 
 
 @attrs.frozen
@@ -80,6 +104,7 @@ class Policy:
         plain_scripts: send scripts without `#!lua`, for fakeredis.
         cluster: whether there are several nodes, which send commands on to each other.
         confirm: the replicas each change waits for; `None` for none.
+        fences: those that are known.
         clock: monotonic seconds.
     """
 
@@ -87,6 +112,7 @@ class Policy:
     plain_scripts: bool = False
     cluster: bool = False
     confirm: Confirm | None = None
+    fences: Fences = attrs.field(factory=Fences)
     clock: Callable[[], float] = time.monotonic
 
 
@@ -103,8 +129,8 @@ class _Attempts:
         self.settled = False
         self.outcome: Reply | FlowError = None
 
-    def note(self, answer: Reply | Refusal | Lost, sent_s: float, policy: Policy) -> bool:  # noqa: ARG002 - a call's needs it
-        """Take in what came of a packet sent at `sent_s`. Returns whether to send again at once."""
+    def note(self, answer: Reply | Refusal | Lost, policy: Policy) -> bool:
+        """Take in the answer to an attempt. Returns whether to send again at once."""
         self.redirect = None
         if isinstance(answer, Lost):
             if answer.lasting:
@@ -132,51 +158,92 @@ class _Asked(_Attempts):
         super().__init__(command.slot, command.subject, insist=insist)
         self.args, self._script = command.args, command.script
 
-    def note(self, answer: Reply | Refusal | Lost, sent_s: float, policy: Policy) -> bool:
-        """Take in what came of a packet sent at `sent_s`. Returns whether to send again at once."""
+    def note(self, answer: Reply | Refusal | Lost, policy: Policy) -> bool:
+        """Take in the answer to an attempt. Returns whether to send again at once."""
         if type(answer) is Refusal and answer.code == "NOSCRIPT" and self._script is not None:
             self.args = (b"EVAL", _source_of(self._script, policy).text, *self.args[2:])
             self._script = None
             return True
-        return super().note(answer, sent_s, policy)
+        return super().note(answer, policy)
 
 
 class _Called(_Attempts):
     """Those of a call, which must be applied once."""
 
-    __slots__ = ("_first_s", "_source", "_text", "call")
+    __slots__ = ("_attempt", "_carried", "_fences", "_is_lost", "_own_source", "_refusal", "_text", "call")
 
     def __init__(self, call: Call, policy: Policy) -> None:
         super().__init__(call.slot, call.subject)
         self.call = call
-        self._source = _source_of(call.script, policy)
+        self._own_source = _source_of(call.script, policy)
         self._text = False
-        self._first_s: float | None = None
+        self._fences = policy.fences
+        self._attempt, self._refusal = call.fence, b""
+        # Whether an attempt may have been applied, or may still be; and the fence it knew, `None` for another caller's.
+        self._is_lost = call.doubtful
+        self._carried: bytes | None = None
 
-    def command(self, now_s: float, told: set[object]) -> Sequence[bytes]:
-        """The command to send at `now_s`, behind those that told their node a script."""
-        span_ms = None if self._first_s is None else int((now_s - self._first_s) * 1000) + 1
+    @property
+    def doubt(self) -> Doubt | None:
+        """What must be settled before the call is sent again."""
+        return Doubt(self.call, self._carried) if self._is_lost else None
+
+    def judge(self, verdict: Verdict) -> None:
+        """Take in what became of the attempts so far."""
+        if verdict.unknown:
+            self.settled, self.outcome = True, OutcomeUnknown(self.call.op_id, f"{self.subject}: {verdict.unknown}")
+        elif verdict.is_deleted:
+            self.settled, self.outcome = True, self.call.if_deleted
+        else:
+            self._is_lost = False
+            self._know(verdict.fence)
+            if verdict.event_id:
+                self._attempt = b"=" + verdict.event_id
+
+    def command(self, told: set[object]) -> Sequence[bytes]:
+        """Build the command to send, after those that told their node a script."""
+        # A server that is out of memory refuses a script with `#!lua` before it runs, and this one only reads.
+        source = self.call.script.plain if self._is_found else self._own_source
         # After NOSCRIPT, the text: one round trip, and the server keeps it.
-        script = (self.slot, self.redirect, self._source.sha)
+        script = (self.slot, self.redirect, source.sha)
         text = self._text and script not in told
         if text:
             told.add(script)
-        return self.call.command(self._source, span_ms, text=text)
+        return self.call.command(source, self._attempt, self._refusal, text=text)
 
-    def note(self, answer: Reply | Refusal | Lost, sent_s: float, policy: Policy) -> bool:
-        """Take in what came of a packet sent at `sent_s`. Returns whether to send again at once."""
-        if type(answer) is Refusal and answer.code == "NOSCRIPT" and not self._text:
-            self._text = True
+    def note(self, answer: Reply | Refusal | Lost, policy: Policy) -> bool:
+        """Take in the answer to an attempt. Returns whether to send again at once."""
+        if answer is _NOT_YET:
             return True
-        if isinstance(answer, Lost) and answer.sent and self._first_s is None:
-            self._first_s = sent_s
-        return super().note(answer, sent_s, policy)
+        if type(answer) is Refusal and answer.code in _OTHER_FORM:
+            fact = answer.message.partition(" ")[2].encode()
+            match answer.code:
+                case "NOSCRIPT":
+                    self._text = True
+                case "FENCED":
+                    self._know(fact)
+                case "REFUSED":
+                    self._refusal = fact
+                case "UNSETTLED":
+                    self._is_lost = True
+            return True
+        if isinstance(answer, Lost) and answer.sent and not self._is_found:  # that one changes nothing
+            self._is_lost, self._carried = True, self._attempt
+        return super().note(answer, policy)
+
+    @property
+    def _is_found(self) -> bool:
+        return self._attempt.startswith(b"=")
+
+    def _know(self, fence: bytes) -> None:
+        self._attempt = fence
+        self._fences.learn(self.call.flow_id, fence)
 
     def give_up(self, failure: Refusal | Lost) -> None:
         """Settle with an error: unknown, if an attempt may have run."""
         super().give_up(failure)
         error = self.outcome
-        if self._first_s is not None:
+        if self._is_lost or self._is_found:
             unknown = OutcomeUnknown(self.call.op_id, f"{self.subject}: no reply came, and then: {error}")
             unknown.__cause__ = error.__cause__ or error
             self.outcome = unknown
@@ -189,13 +256,15 @@ def _source_of(script: Script, policy: Policy) -> Source:
 def _error(subject: str, failure: Refusal | Lost) -> FlowError:
     """The error that a refusal or a loss is to the caller."""
     if isinstance(failure, Lost):
-        error = StorageError(f"{subject}: {failure}" if failure.sent else str(failure), failure.code)
+        message = f"{subject}: {failure}" if failure.sent else str(failure)
+        error = StorageError(message, failure.code, lasting=failure.lasting)
         error.__cause__ = failure.__cause__
         return error
     if failure.code == "WRONGTYPE":
         return InvalidData(f"{subject}: a key of it holds the wrong kind of value; nothing was changed")
     meaning = _MEANINGS.get(failure.code, "the server refused")
-    return StorageError(f"{subject}: {meaning}: {failure.message}", failure.code)
+    lasting = failure.code not in PASSING
+    return StorageError(f"{subject}: {meaning}: {failure.message}", failure.code, lasting=lasting)
 
 
 class _Backoff:
@@ -226,8 +295,8 @@ def _sent(step: Step) -> Generator[Step, Any, Sequence[Reply | Refusal | Lost]]:
     return replies
 
 
-# Makes the step that sends what is pending, at a time, to be answered by another, after what came before.
-_NextStep = Callable[[Sequence[Any], float, float, Again], Step]
+# Makes the step that sends what is pending, to be answered by a time, after what came before.
+_NextStep = Callable[[Sequence[Any], float, Again], Step]
 
 
 def _insist(
@@ -240,12 +309,12 @@ def _insist(
     """Send again, after those answers, until each command is settled. Returns one outcome each."""
     pending = attempts
     backoff = _Backoff(policy, sent_s)
-    lost: frozenset[Client] = frozenset()
+    silent: set[str] = set()
     hops = 0
     while True:
-        lost = lost | {answer.client for answer in answers if isinstance(answer, Lost) and answer.client is not None}
+        silent |= {answer.server for answer in answers if isinstance(answer, Lost) and answer.server}
         notes = list(zip(pending, answers, strict=True))
-        at_once = any([each.note(answer, sent_s, policy) for each, answer in notes])  # noqa: C419 - notes them all
+        at_once = any([each.note(answer, policy) for each, answer in notes])  # noqa: C419 - notes them all
         unsettled = [(each, answer) for each, answer in notes if not each.settled]
         if not unsettled:
             return [each.outcome for each in attempts]
@@ -258,18 +327,62 @@ def _insist(
                 return [each.outcome for each in attempts]
             yield pause
         pending = [each for each, _ in unsettled]
-        sent_s = policy.clock()
-        again = Again(lost, [each.redirect for each in pending])
-        answers = yield from _sent(next_step(pending, sent_s, max(backoff.until_s, sent_s + _LEAST_WAIT_S), again))
+        until_s = max(backoff.until_s, policy.clock() + _LEAST_WAIT_S)
+        failures = yield from _settle([each for each in pending if isinstance(each, _Called)], until_s, policy)
+        ready = [each for each in pending if not each.settled and each not in failures]
+        again = Again(silent, [each.redirect for each in ready])
+        replies = iter((yield from _sent(next_step(ready, until_s, again))) if ready else ())
+        pending = [each for each in pending if not each.settled]
+        answers = [failures[each] if each in failures else next(replies) for each in pending]
+        if not pending:
+            return [each.outcome for each in attempts]
 
 
-def _asking(pending: Sequence[_Asked], _: float, until_s: float, again: Again) -> Packet:
+def _settle(attempts: Sequence[_Called], until_s: float, policy: Policy) -> Generator[Step, Any, dict[_Attempts, Lost]]:
+    """Find out what became of those that are in doubt. Returns a failure for each where that cannot be known yet."""
+    by_slot: dict[int | None, list[tuple[_Called, Doubt]]] = {}
+    for each in attempts:
+        if (doubt := each.doubt) is not None:
+            by_slot.setdefault(each.slot, []).append((each, doubt))
+    failures: dict[_Attempts, Lost] = {}
+    for slot, some in by_slot.items():
+        # Whatever is in doubt at the time, at the node of one slot, is settled by one search: a crowd of calls that
+        # lost one connection must not have the server read the same trail for each of them.
+        run = partial(_settling, until_s=until_s, policy=policy)
+        try:
+            verdicts: Verdicts = yield Together(("settle", slot), [doubt for _, doubt in some], run, until_s)
+        except Lost as lost:
+            failures |= {each: lost for each, _ in some}
+            continue
+        for each, doubt in some:
+            verdict = verdicts[doubt]
+            if isinstance(verdict, Verdict):
+                each.judge(verdict)
+            else:
+                failures[each] = _failure(verdict)
+    return failures
+
+
+def _settling(doubts: Sequence[Doubt], *, until_s: float, policy: Policy) -> Generator[Step, Any, Verdicts]:
+    left = attrs.evolve(policy, deadline_s=max(until_s - policy.clock(), _LEAST_WAIT_S))
+    return settle(lambda commands: _deliver_read(Read(commands, tolerant=True), left), doubts)
+
+
+def _failure(error: FlowError) -> Lost:
+    """Return an error as the loss of a packet that was not sent for it."""
+    lasting, code = (error.lasting, error.code) if isinstance(error, StorageError) else (True, "")
+    lost = Lost(str(error), sent=False, lasting=lasting, code=code)
+    lost.__cause__ = error.__cause__
+    return lost
+
+
+def _asking(pending: Sequence[_Asked], until_s: float, again: Again) -> Packet:
     return Packet([each.slot for each in pending], [each.args for each in pending], until_s, again)
 
 
-def _calling(confirm: Confirm | None, pending: Sequence[_Called], now_s: float, until_s: float, again: Again) -> Packet:
+def _calling(confirm: Confirm | None, pending: Sequence[_Called], until_s: float, again: Again) -> Packet:
     told: set[object] = set()
-    commands = [each.command(now_s, told) for each in pending]
+    commands = [each.command(told) for each in pending]
     slots = [each.slot for each in pending]
     return Packet(slots, commands, until_s, again, _confirm(confirm, [each.call for each in pending]))
 
@@ -278,11 +391,14 @@ def _confirm(confirm: Confirm | None, calls: Sequence[Call]) -> Confirm | None:
     return confirm and attrs.evolve(confirm, flow_keys=[call.keys[0] for call in calls])
 
 
+# Refusals of an attempt that was not applied, and is sent again in another form.
+_OTHER_FORM = frozenset({"NOSCRIPT", "FENCED", "REFUSED", "UNSETTLED"})
+_NOT_YET = Lost("it was not sent", sent=False)  # in place of an answer to a first attempt
 TROUBLES = (Refusal, Lost)  # what an answer is that is no reply
 
 
 def _rescue(call: Call, trouble: Refusal | Lost, sent_s: float, policy: Policy) -> Generator[Step, Any, Reply]:
-    """Settle a call whose first attempt was not answered."""
+    """Carry out a call whose first attempt met with trouble."""
     next_step = partial(_calling, policy.confirm)
     (outcome,) = yield from _insist((_Called(call, policy),), (trouble,), sent_s, policy, next_step)
     if isinstance(outcome, FlowError):
@@ -290,16 +406,16 @@ def _rescue(call: Call, trouble: Refusal | Lost, sent_s: float, policy: Policy) 
     return outcome
 
 
-def _rounds(calls: Sequence[Call], policy: Policy) -> Iterator[Sequence[int]]:
-    """The calls, by number, that may go together.
+def _rounds(calls: Sequence[Call]) -> Iterator[Sequence[int]]:
+    """Part calls, by number, into those that may go together: no flow twice.
 
-    One server runs the calls of a packet in order. In a cluster one of them may be sent on to another node and run
-    behind those that were queued after it, so there each flow is in a packet once.
+    Of the calls in one packet some may be refused and sent again: by a server that restarts, is busy, has forgotten a
+    script, or has given the slot away. They would run after calls of the same flow that were queued after them.
     """
     rounds: list[list[int]] = [[]]
     calls_of: Counter[UUID] = Counter()
     for number, call in enumerate(calls):
-        nth = calls_of[call.flow_id] if policy.cluster else 0
+        nth = calls_of[call.flow_id]
         calls_of[call.flow_id] += 1
         if nth == len(rounds):
             rounds.append([])
@@ -309,28 +425,27 @@ def _rounds(calls: Sequence[Call], policy: Policy) -> Iterator[Sequence[int]]:
             yield numbers[start : start + _BATCH_LIMIT]
 
 
-def _first_packet(calls: Sequence[Call], sent_s: float, confirm: Confirm | None, policy: Policy) -> Packet:
-    """The first attempts of calls. A lone server is sent each script in full once.
-
-    What it does not know would run out of order.
-    """
-    commands: list[Sequence[bytes]] = []
-    known = set()
-    for call in calls:
-        source = _source_of(call.script, policy)
-        commands.append(call.command(source, text=not policy.cluster and source.sha not in known))
-        known.add(source.sha)
-    slots = [call.slot for call in calls]
-    return Packet(slots, commands, sent_s + policy.deadline_s, confirm=_confirm(confirm, calls))
+def _first_attempts(
+    calls: Sequence[Call], sent_s: float, confirm: Confirm | None, policy: Policy
+) -> Generator[Step, Any, Sequence[Reply | Refusal | Lost]]:
+    """Send calls for the first time, but for those that must be settled before. Returns an answer each."""
+    ready = [call for call in calls if not call.doubtful]
+    answers: Iterator[Any] = iter(())
+    if ready:
+        commands = [_first_command(call, policy) for call in ready]
+        slots = [call.slot for call in ready]
+        packet = Packet(slots, commands, sent_s + policy.deadline_s, confirm=_confirm(confirm, ready))
+        answers = iter((yield from _sent(packet)))
+    return [_NOT_YET if call.doubtful else next(answers) for call in calls]
 
 
 def _deliver_batch(batch: Batch, policy: Policy) -> Generator[Step, Any, list[Reply | FlowError]]:
     outcomes: list[Reply | FlowError] = [None] * len(batch.calls)
     confirm = policy.confirm if batch.confirm else None
-    for numbers in _rounds(batch.calls, policy):
+    for numbers in _rounds(batch.calls):
         calls = [batch.calls[number] for number in numbers]
         sent_s = policy.clock()
-        answers = yield from _sent(_first_packet(calls, sent_s, confirm, policy))
+        answers = yield from _first_attempts(calls, sent_s, confirm, policy)
         attempts_of = partial(_Called, policy=policy)
         settled = yield from _settled(
             calls, answers, sent_s, policy, attempts_of=attempts_of, next_step=partial(_calling, confirm)
@@ -393,7 +508,7 @@ def _ask(step: Block | Primaries, command: Command, policy: Policy) -> Generator
         answers,
         sent_s,
         policy,
-        lambda _pending, _now, _until, again: attrs.evolve(step, again=again),
+        lambda _pending, _until, again: attrs.evolve(step, again=again),
     )
     if isinstance(outcome, FlowError):
         raise outcome from outcome.__cause__
@@ -413,18 +528,24 @@ _DELIVER: dict[type, Callable[..., Generator[Step, Any, Any]]] = {
 }
 
 
+def _first_command(call: Call, policy: Policy) -> tuple[bytes, ...]:
+    """Build the command of a call that is sent for the first time, and note the fence that it knows."""
+    call.fence = policy.fences.of(call) if policy.fences else fence_of(call.copy)
+    return call.command(_source_of(call.script, policy), call.fence)
+
+
 def first_attempt(call: Call, sent_s: float, policy: Policy) -> Packet:
-    """The packet of a call that is sent for the first time."""
-    command, until_s = call.command(_source_of(call.script, policy)), sent_s + policy.deadline_s
+    """Build the packet of a call that is sent for the first time."""
+    command, until_s = _first_command(call, policy), sent_s + policy.deadline_s
     if policy.confirm is None:
         return Packet((call.slot,), (command,), until_s)
     return Packet((call.slot,), (command,), until_s, confirm=_confirm(policy.confirm, [call]))
 
 
-def _result(stop: StopIteration, short: Unconfirmed | None) -> Any:
-    """What the operation came to, unless fewer replicas have it than should."""
+def _result(stop: StopIteration, short: Unconfirmed | None, op_id: str) -> Any:
+    """Return what the operation came to, unless fewer replicas have it than should."""
     if short is not None:
-        raise short.error(stop.value) from None
+        raise short.error(stop.value, op_id) from None
     return stop.value
 
 
@@ -447,6 +568,7 @@ def go_on(
         NotDurable: it went through, and fewer replicas confirmed it than the policy wants.
     """
     short: Unconfirmed | None = None
+    op_id = ""
     try:
         while True:
             try:
@@ -456,7 +578,7 @@ def go_on(
                 elif type(wanted) is Call:  # by far the most: the first attempt has no generator of its own
                     sent_s = policy.clock()
                     try:
-                        (reply,) = yield first_attempt(wanted, sent_s, policy)
+                        (reply,) = (_NOT_YET,) if wanted.doubtful else (yield first_attempt(wanted, sent_s, policy))
                     except Lost as lost:
                         reply = lost
                     if type(reply) in TROUBLES:
@@ -465,11 +587,11 @@ def go_on(
                 else:
                     reply = yield from _DELIVER[type(wanted)](wanted, policy)
                 if type(reply) is Unconfirmed:
-                    short, reply = reply, reply.reply
+                    short, reply, op_id = reply, reply.reply, wanted.op_id
             except FlowError as error:
                 wanted = op.throw(error)
             else:
                 wanted = op.send(reply)
     except StopIteration as stop:
-        outcome: T = _result(stop, short)
+        outcome: T = _result(stop, short, op_id)
         return outcome

@@ -102,7 +102,11 @@ class WaitEngine:
         )
 
     def resume_waiters(self, topic: str, correlation_id: str, payload: Any = None) -> list[Flow]:
-        """Resume every flow that waits for this event, and return them."""
+        """Resume every flow that waits for this event, many to a round trip, and return them.
+
+        Raises:
+            PartialFailure: some could not be resumed; the error names each, and has those that were.
+        """
         return self._flows.perform(waits.resume_waiters(self._flows.namespace, topic, correlation_id, payload))
 
 
@@ -155,5 +159,9 @@ class AsyncWaitEngine:
         )
 
     async def resume_waiters(self, topic: str, correlation_id: str, payload: Any = None) -> list[Flow]:
-        """Resume every flow that waits for this event, and return them."""
+        """Resume every flow that waits for this event, many to a round trip, and return them.
+
+        Raises:
+            PartialFailure: some could not be resumed; the error names each, and has those that were.
+        """
         return await self._flows.perform(waits.resume_waiters(self._flows.namespace, topic, correlation_id, payload))

@@ -9,6 +9,7 @@ FlowError
 ├── CancelPending        a cancel was requested; only `cancel` may follow
 ├── InvalidData          a value that cannot be stored, or stored bytes that make no sense
 ├── LayoutMismatch       the namespace was created with another layout
+├── PartialFailure       a call about many flows failed for some of them
 └── StorageError         the server could not be reached or refused; nothing was changed
     ├── OutcomeUnknown   the change may or may not have been applied
     └── NotDurable       applied, but not confirmed by as many replicas as asked
@@ -18,9 +19,10 @@ Every error carries its facts as attributes and builds its own message from them
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from uuid import UUID
 
     from redisflow.flow import Flow, FlowStatus
@@ -130,6 +132,39 @@ class LayoutMismatch(FlowError):
         )
 
 
+class FlowFailure(NamedTuple):
+    """One flow that a call about many flows failed for.
+
+    Attributes:
+        place: its place among the flows of the call, from 0; of `create_many`, among the inputs.
+        flow_id: its id.
+        error: what that flow's own call would have raised. An OutcomeUnknown or NotDurable carries the `op_id` by which
+            the single verb settles it.
+    """
+
+    place: int
+    flow_id: UUID
+    error: FlowError
+
+
+class PartialFailure(FlowError):
+    """A call about many flows failed for some of them. It was tried for each.
+
+    Attributes:
+        count: how many flows it succeeded for.
+        done: those flows, as they are now; empty for a deletion.
+        failed: the others, each with its error.
+    """
+
+    def __init__(self, failed: Sequence[FlowFailure], *, done: Sequence[Flow] = (), count: int | None = None) -> None:
+        self.count = len(done) if count is None else count
+        self.done = list(done)
+        self.failed = list(failed)
+        others = f"; and {len(failed) - 1} more, see `failed`" if len(failed) > 1 else ""
+        first = f"flow {failed[0].flow_id}: {failed[0].error}"
+        super().__init__(f"done for {self.count} of {self.count + len(failed)} flows; {first}{others}")
+
+
 class StorageError(FlowError):
     """The server could not be reached, or refused. Nothing was changed by this call.
 
@@ -137,10 +172,12 @@ class StorageError(FlowError):
 
     Attributes:
         code: the first word of the server's error, such as NOPERM; empty where the server said nothing.
+        lasting: whether trying again is of no use, as with a wrong password or a missing permission.
     """
 
-    def __init__(self, message: str, code: str = "") -> None:
+    def __init__(self, message: str, code: str = "", *, lasting: bool = False) -> None:
         self.code = code
+        self.lasting = lasting
         super().__init__(message)
 
 
@@ -157,11 +194,18 @@ class OutcomeUnknown(StorageError):
 
 
 class NotDurable(StorageError):
-    """Applied, but fewer replicas confirmed it than were asked for."""
+    """Applied, but fewer replicas confirmed it than were asked for.
 
-    def __init__(self, flow: Flow | None, wanted: int, reached: int) -> None:
+    The same verb called with `op_id=error.op_id` changes nothing more, and waits for the replicas once more.
+    """
+
+    def __init__(self, op_id: str, flow: Flow | None, wanted: int, reached: int) -> None:
+        self.op_id = op_id
         self.flow = flow
         self.wanted = wanted
         self.reached = reached
         subject = f"the change to flow {flow.id}" if flow is not None else "the change"
-        super().__init__(f"{subject} was applied, but {reached} of {wanted} replicas confirmed it in time")
+        super().__init__(
+            f"{subject} was applied, but {reached} of {wanted} replicas confirmed it in time; "
+            f"call again with op_id={op_id!r} to wait once more"
+        )

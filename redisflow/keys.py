@@ -69,6 +69,7 @@ class Partition:
     _flow: bytes = attrs.field(repr=False)
     _events: bytes = attrs.field(repr=False)
     _steps: bytes = attrs.field(repr=False)
+    _seen: bytes = attrs.field(repr=False)
     _owner: bytes = attrs.field(repr=False)
     _statuses: dict[FlowStatus, bytes] = attrs.field(repr=False)
     index_keys: dict[object, tuple[bytes, ...]] = attrs.field(factory=dict, repr=False)
@@ -90,6 +91,7 @@ class Partition:
             flow=head + b"flow:",
             events=head + b"events:",
             steps=head + b"steps:",
+            seen=head + b"seen:",
             owner=head + b"owner:",
         )
 
@@ -105,6 +107,10 @@ class Partition:
         """The hash of a flow's steps, by run id."""
         return self._steps + flow_id
 
+    def seen(self, flow_id: bytes) -> bytes:
+        """The sorted set of the operation ids that callers brought, by their events' times."""
+        return self._seen + flow_id
+
     def owner(self, owner: bytes) -> bytes:
         """The sorted set of an owner's flows, by creation."""
         return self._owner + owner
@@ -119,7 +125,7 @@ class Key(NamedTuple):
 
     Attributes:
         text: all of it.
-        kind: flow, events, steps, owner, status, due, waiters or scratch.
+        kind: flow, events, steps, seen, owner, status, due, waiters or scratch.
         name: what it is for: a flow's id, an owner, a status; empty where the partition has one key of the kind.
     """
 
@@ -166,7 +172,7 @@ class Keyspace:
         if partition is None:
             return None
         match kind:
-            case b"flow" | b"events" | b"steps":
+            case b"flow" | b"events" | b"steps" | b"seen":
                 known = self.holds(partition, name)
             case b"owner":
                 known = name != b""

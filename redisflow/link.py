@@ -6,9 +6,10 @@ import copy
 import math
 import threading
 from collections.abc import Callable, Generator
+from functools import partial
 from typing import Any, TypeVar
 
-from redisflow.calls import Block, Lost, Packet, Primaries, T
+from redisflow.calls import Block, Lost, Packet, Primaries, T, Together
 from redisflow.cluster_wire import ClusterWire, wire_to
 from redisflow.connection import ClusterEndpoint, Endpoint
 from redisflow.delivery import Policy, Step, deliver
@@ -134,6 +135,8 @@ def drive(wire: Wire | ClusterWire, steps: Generator[Step, Any, T]) -> T:
                     reply = wire.block(step)
                 elif isinstance(step, Primaries):
                     reply = wire.primaries(step)
+                elif isinstance(step, Together):
+                    reply = wire.gathering(step, partial(drive, wire))
                 else:
                     wire.pause(step.seconds)
                     reply = None

@@ -223,7 +223,8 @@ class FlowManager:
             The flows, in the order given.
 
         Raises:
-            FlowExists: an id is taken; every other flow was created all the same.
+            PartialFailure: some could not be created, such as one whose id is taken; the error names each, and has the
+                others, which were created.
         """
         return self.perform(batches.create_many(self.namespace, inputs, exist_ok=exist_ok))
 
@@ -550,7 +551,10 @@ class FlowManager:
     # --- upkeep ---
 
     def delete(self, flow_id: FlowRef, *, expected_revision: int | None = None, op_id: str | None = None) -> bool:
-        """Delete a flow, live or not, with every key of its. Returns whether there was one.
+        """Delete a flow, ended or not, and all its keys. Returns whether there was one.
+
+        For an hour, the same `op_id` is answered with True again, and nothing that was meant for the deleted flow is
+        applied to one that is created anew under its id.
 
         Raises:
             RevisionMismatch: it is not the version expected.
@@ -558,7 +562,11 @@ class FlowManager:
         return self.perform(upkeep.delete(self.namespace, flow_id, expected_revision=expected_revision, op_id=op_id))
 
     def prune_terminal_flows(self, older_than: timedelta) -> int:
-        """Delete ended flows that have not changed for `older_than`, never a live one. Returns how many."""
+        """Delete ended flows that have not changed for `older_than`, never a live one. Returns how many.
+
+        Raises:
+            PartialFailure: some could not be deleted; it stops after their page, which holds 500 flows.
+        """
         return self.perform(upkeep.prune_terminal_flows(self.namespace, older_than))
 
     def doctor(self, *, repair: bool = False, quiet_after: timedelta = timedelta(days=1)) -> Diagnosis:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import hiredis
 
 from redisflow.aio_wire import AsyncWire
-from redisflow.calls import Again, Lost, Packet, Refusal, Reply
+from redisflow.calls import Lost, Packet, Refusal, Reply
 from redisflow.singleflight import AsyncSingleFlight
 from redisflow.wire import Line, no_reply, packed, refusal_of
 
@@ -172,7 +172,7 @@ class _Stream(asyncio.BufferedProtocol):
             if future.done():
                 continue
             if now_s >= until_s:
-                _tell(future, no_reply(TimeoutError("the deadline passed"), self.line.client))
+                _tell(future, no_reply(TimeoutError("the deadline passed"), self.line.server))
             else:
                 self._watch_by(until_s)
 
@@ -188,7 +188,7 @@ class _Stream(asyncio.BufferedProtocol):
             self._transport.abort()
             for future, _, _ in self._pending:
                 if not future.done():
-                    _tell(future, no_reply(error, self.line.client))
+                    _tell(future, no_reply(error, self.line.server))
         self._pending.clear()
         self._room.set()
 
@@ -209,6 +209,7 @@ class MultiplexedWire(AsyncWire):
         """Bind to the running event loop."""
         super().__init__(endpoint, max_connections=max_connections, acquire_timeout_s=acquire_timeout_s)
         self._stream: _Stream | None = None
+        self._closed_for_good = False
         self._opening = AsyncSingleFlight[_Stream](self._open_stream)
 
     def exchange(self, packet: Packet) -> Awaitable[list[Reply]]:  # type: ignore[override]  # a future is awaitable, too
@@ -220,16 +221,15 @@ class MultiplexedWire(AsyncWire):
             if len(data) <= _LARGE_BYTES:
                 if stream is not None and stream.open and again is None and asyncio.get_running_loop() is self._loop:
                     return stream.send(data, count, until_s)
-                return self._exchange_when_open(data, count, until_s, again)
+                return self._exchange_when_open(data, count, until_s)
         return super().exchange(packet)
 
-    async def _exchange_when_open(self, data: bytes, count: int, until_s: float, again: Again | None) -> list[Reply]:
+    async def _exchange_when_open(self, data: bytes, count: int, until_s: float) -> list[Reply]:
         stream = await self._opened(until_s)
-        kills = stream.line.kills(again)
-        replies = await stream.send(packed(kills) + data, len(kills) + count, until_s)
+        replies = await stream.send(data, count, until_s)
         if any(type(reply) is Refusal and reply.code == "READONLY" for reply in replies):
             stream.lose(ConnectionError("its server is a replica by now"))
-        return replies[len(kills) :]
+        return replies
 
     async def _opened(self, until_s: float) -> _Stream:
         self._require_own_loop()
@@ -255,7 +255,7 @@ class MultiplexedWire(AsyncWire):
         if line is None or self._closed:  # it may have been closed meanwhile
             if line is not None:
                 await line.connection.disconnect(nowait=True)
-            raise Lost("the manager was closed", sent=False, lasting=True)
+            raise Lost("the manager was closed", sent=False, lasting=self._closed_for_good)
         return line
 
     async def renew(self) -> None:
@@ -264,8 +264,13 @@ class MultiplexedWire(AsyncWire):
             self._stream.lose(ConnectionError("another server has become the primary"))
         await super().renew()
 
-    async def close(self) -> None:
-        """Close every connection, and leave an embedded server. A call under way is lost."""
+    async def close(self, *, for_good: bool = True) -> None:
+        """Close every connection, and leave an embedded server. A call under way is lost.
+
+        Args:
+            for_good: whether the manager is closed, so that its calls need not be tried again.
+        """
+        self._closed_for_good = for_good
         if self._stream is not None:
             self._stream.lose(ConnectionError("closed by its manager"))
-        await super().close()
+        await super().close(for_good=for_good)

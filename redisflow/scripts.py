@@ -71,7 +71,7 @@ class Script:
         return cls(name, Source.of(f"{shebang}\n{body}"), Source.of(body))
 
 
-CREATE = Script.load("create")
+SETTLE = Script.load("settle", flags=ALLOW_OOM)
 DELETE = Script.load("delete", flags=ALLOW_OOM)
 # The one that just looks cannot write: the server sees to that.
 LOOK = Script.load("reconcile", flags=f"no-writes,{ALLOW_OOM}", prelude="local MEND = false\n")
@@ -107,14 +107,15 @@ class TransitionScript:
     touches_waits: bool
     script: Script
 
-    def keys(self, partition: Partition, member: bytes) -> tuple[bytes, ...]:
-        """The KEYS for a flow."""
+    def keys(self, partition: Partition, member: bytes, *, brought: bool) -> tuple[bytes, ...]:
+        """Return the KEYS for a flow, and for an operation whose id the caller brought or not."""
         indexes = partition.index_keys.get(self)
         if indexes is None:
             statuses = self.sources if self.verb.target is None else (*self.sources, self.verb.target)
             waits = (partition.due, partition.waiters) if self.touches_waits else ()
             indexes = partition.index_keys[self] = (*map(partition.status, statuses), *waits)
-        return (partition.flow(member), partition.events(member), *indexes)
+        seen = (partition.seen(member),) if brought else ()
+        return (partition.flow(member), partition.events(member), *indexes, *seen)
 
     @classmethod
     def load(cls, verb: Verb, copy_status: FlowStatus | None, event_maxlen: int | None) -> TransitionScript:
@@ -159,6 +160,7 @@ def _verb_prelude(
         "target_key": "nil" if verb.target is None else next(keys),
         "due_key": next(keys) if touches_waits else "nil",
         "waiters_key": next(keys) if touches_waits else "nil",
+        "seen_key": next(keys),  # nil where no such key is given
         "kind": f"'{verb.kind}'",
         **dict.fromkeys(_OPTIONAL, "nil"),
         **args,
@@ -178,6 +180,7 @@ class Appending:
             from.
     """
 
+    create: Script
     append_event: Script
     observe_step: Script
     transitions: Mapping[tuple[Verb, bytes | None], TransitionScript]
@@ -195,7 +198,10 @@ class Appending:
             for copy_status in (*verb.sources, None)
         }
         return cls(
-            Script.load("append_event", prelude=prelude), Script.load("observe_step", prelude=prelude), transitions
+            Script.load("create", prelude=prelude),
+            Script.load("append_event", prelude=prelude),
+            Script.load("observe_step", prelude=prelude),
+            transitions,
         )
 
 

@@ -9,12 +9,14 @@ import asyncio
 import math
 import threading
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Generator, Hashable
 from typing import Any, Generic, TypeVar
 
-from redisflow.calls import Lost
+from redisflow.calls import Lost, Together
 
 T = TypeVar("T")
+
+_BUSY = "others were still being served"
 
 
 class _Latest(Generic[T]):
@@ -84,6 +86,56 @@ class SingleFlight(Generic[T]):
             return latest.result()
         finally:
             self._lock.release()
+
+
+class Gathering:
+    """Carries out what threads want together: those that come while a run is under way are served by the next."""
+
+    def __init__(self) -> None:
+        self._wanted: dict[Hashable, dict[int, Together]] = {}
+        self._flights: dict[Hashable, SingleFlight[Any]] = {}
+
+    def __call__(self, step: Together, drive: Callable[[Generator[Any, Any, Any]], Any]) -> Any:
+        """Carry out a step by driving the steps it makes.
+
+        Raises:
+            Lost: others were still at it at the caller's deadline.
+        """
+        wanted = self._wanted.setdefault(step.key, {})
+        flight = self._flights.setdefault(step.key, SingleFlight(_run_together, failing=_BUSY))
+        wanted[id(step)] = step
+        try:
+            return flight(step.until_s, wanted, drive)
+        finally:
+            del wanted[id(step)]
+
+
+def _run_together(wanted: dict[int, Together], drive: Callable[[Generator[Any, Any, Any]], T]) -> T:
+    """Drive the steps that serve all callers that wait."""
+    steps = list(wanted.values())
+    return drive(steps[0].run([item for step in steps for item in step.items]))
+
+
+class AsyncGathering:
+    """Carries out what tasks want together, as `Gathering` does."""
+
+    def __init__(self) -> None:
+        self._wanted: dict[Hashable, dict[int, Together]] = {}
+        self._flights: dict[Hashable, AsyncSingleFlight[Any]] = {}
+
+    async def __call__(self, step: Together, drive: Callable[[Generator[Any, Any, Any]], Awaitable[Any]]) -> Any:
+        """Carry out a step by driving the steps it makes.
+
+        Raises:
+            Lost: others were still at it at the caller's deadline.
+        """
+        wanted = self._wanted.setdefault(step.key, {})
+        flight = self._flights.setdefault(step.key, AsyncSingleFlight(_run_together, failing=_BUSY))
+        wanted[id(step)] = step
+        try:
+            return await flight(step.until_s, wanted, drive)
+        finally:
+            del wanted[id(step)]
 
 
 class AsyncSingleFlight(Generic[T]):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import random
+import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -64,7 +66,16 @@ class Topology:
         self._remap = remap
         self._owners: list[Address | None] = [None] * SLOTS
         self._nodes: dict[Address, int] = {}  # in the order told, with the number of replicas; of a replica -1
+        self._asked_s = -math.inf
         self.known = False
+
+    def note_asked(self) -> None:
+        """Note that nodes are being asked."""
+        self._asked_s = time.monotonic()
+
+    def is_old(self, after_s: float) -> bool:
+        """Tell whether nobody has been asked for so many seconds."""
+        return time.monotonic() > self._asked_s + after_s
 
     def take(self, ranges: Sequence[Any], told_by: Address) -> None:
         """Take in a reply to `CLUSTER SLOTS`."""
@@ -127,7 +138,7 @@ class Topology:
 
     def informants(self, again: Again | None) -> list[Address]:
         """Whom to ask for the topology, one after the other: those that did not answer lately last."""
-        failed = set() if again is None else {server for server, _ in again.lost}
+        failed = set() if again is None else again.silent
         nodes = random.sample(list(self._nodes), len(self._nodes))
         asked = dict.fromkeys([*nodes, *self._seeds])
         return sorted(asked, key=lambda address: "{}:{}".format(*address) in failed)

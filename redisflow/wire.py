@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import ssl
 import threading
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from redis import exceptions as client_errors
 from redis.sentinel import MasterNotFoundError
 
-from redisflow.calls import Again, Block, Client, Confirm, Lost, Packet, Primaries, Refusal, Reply, Unconfirmed
+from redisflow.calls import Block, Confirm, Lost, Packet, Primaries, Refusal, Reply, Unconfirmed
 from redisflow.delivery import PASSING, REDIRECTS
 
 try:
@@ -31,7 +32,7 @@ except ImportError:  # no wheel for this machine: redis-py then reads replies in
 
 
 from redisflow.sentinel import Sentinels, Watching
-from redisflow.singleflight import SingleFlight
+from redisflow.singleflight import Gathering, SingleFlight
 
 if TYPE_CHECKING:
     from redisflow.connection import Endpoint
@@ -40,16 +41,23 @@ log = logging.getLogger("redisflow")
 
 MAX_BLOCK_S = 2.0
 _STOP_WITHIN_S = 0.1  # how soon a thread that listens sees that it should stop
+COUNT_EVERY_S = 2.0  # at most so old is the number of replicas that a change waits for, where it waits for all
 SETTLE_S = 0.005  # messages come in bursts, and one look is enough for each
 _SHARE_TO_WAIT = 0.9  # of the time left for a packet: its reply must be back before that is over
 NO_SENTINEL_ANSWERS = "no Sentinel answers"
 NO_SENTINEL_COUNTS = "no Sentinel says how many replicas there are"
-CLIENT_ID = (b"CLIENT", b"ID")
 ASKING = (b"ASKING",)
+# Writes to a key and leaves it as it was: something to wait for, whatever the commands before it found to do.
 _TOUCH = b"""#!lua flags=allow-oom
--- Writes what is there.
-if redis.call('EXISTS', KEYS[1]) == 1 then
-  redis.pcall('HINCRBY', KEYS[1], 'revision', 0)
+local ttl_ms = redis.call('PTTL', KEYS[1])
+if ttl_ms == -2 then
+  redis.call('HSET', KEYS[1], 'gone', '1')
+  redis.call('UNLINK', KEYS[1])
+else
+  redis.call('PEXPIRE', KEYS[1], ttl_ms > 0 and ttl_ms or 86400000)
+  if ttl_ms == -1 then
+    redis.call('PERSIST', KEYS[1])
+  end
 end"""
 _CODES = {
     client_errors.NoScriptError: "NOSCRIPT",
@@ -68,26 +76,17 @@ _LASTING = (client_errors.AuthenticationError, client_errors.AuthorizationError,
 
 
 class Line(NamedTuple):
-    """An open connection, and what its server knows it by, if it says so."""
+    """An open connection, and the server it leads to, as `host:port` or a path."""
 
     connection: Any
-    client: Client | None
+    server: str
     era: int  # of the wire's, when it was opened
 
     @classmethod
-    def of(cls, connection: Any, client_id: Reply, era: int) -> Line:
-        """Name a connection by where it leads and what CLIENT ID was answered."""
-        if not isinstance(client_id, int):
-            return cls(connection, None, era)
+    def of(cls, connection: Any, era: int) -> Line:
+        """Note where a connection leads."""
         host = getattr(connection, "host", None)
-        return cls(connection, (f"{host}:{connection.port}" if host else connection.path, client_id), era)
-
-    def kills(self, again: Again | None) -> list[tuple[bytes, ...]]:
-        """What must come before a resend over this connection: the end of those lost on the same server."""
-        if again is None or self.client is None:
-            return []
-        server = self.client[0]
-        return [(b"CLIENT", b"KILL", b"ID", b"%d" % number) for at, number in sorted(again.lost) if at == server]
+        return cls(connection, f"{host}:{connection.port}" if host else str(getattr(connection, "path", "")), era)
 
 
 def refusal_of(error: Exception) -> Refusal:
@@ -119,9 +118,9 @@ def not_sent(error: Exception, why: str = "cannot connect") -> Lost:
     return lost
 
 
-def no_reply(error: Exception, client: Client | None) -> Lost:
+def no_reply(error: Exception, server: str) -> Lost:
     """The loss of a packet that may have been executed."""
-    lost = Lost(f"no reply: {_said(error)}", sent=True, client=client)
+    lost = Lost(f"no reply: {_said(error)}", sent=True, server=server)
     lost.__cause__ = error
     return lost
 
@@ -165,10 +164,29 @@ class Replicas:
     def __init__(self, socket_timeout_s: float) -> None:
         self._longest_s = socket_timeout_s / 2  # of one command that waits: a longer silence would look like a loss
         self._seen = 1  # to wait for all where there are none would promise nothing
+        self._counted_s = -math.inf
+        self.are_known = False  # whether they were counted since the last change of primaries
+
+    def forget(self) -> None:
+        """Have them counted before anything waits for them: another server has become the primary."""
+        self._counted_s, self.are_known = -math.inf, False
+
+    def recount(self) -> None:
+        """Have them counted soon: one may have joined."""
+        self._counted_s = -math.inf
+
+    def must_be_counted(self, confirm: Confirm | None) -> bool:
+        """Tell whether a change that waits for all of them has to ask how many there are."""
+        is_old = time.monotonic() > self._counted_s + COUNT_EVERY_S
+        return is_old and confirm is not None and confirm.replicas is None
+
+    def note_asked(self) -> None:
+        """Note that they are being counted."""
+        self._counted_s = time.monotonic()
 
     def expect(self, count: int) -> None:
         """Take in how many there are, connected or not."""
-        self._seen = max(1, count)
+        self._seen, self.are_known = max(1, count), True
 
     def see(self, connected: int) -> None:
         """Take in how many are connected."""
@@ -267,7 +285,7 @@ class Wire:
         self._max_connections = max_connections
         self._acquire_timeout_s = acquire_timeout_s
         self._replicas = Replicas(endpoint.socket_timeout_s)
-        self._era, self._counted = 0, -1
+        self._era = 0
         self._watching: Watching | None = None
         self._reset()
 
@@ -279,10 +297,11 @@ class Wire:
         for _ in range(self._max_connections):
             self._slots.put(None)
         self._closed = False
+        self.gathering = Gathering()
         self._finding = SingleFlight[Any](self._find, failing=NO_SENTINEL_ANSWERS)
         self._counting = SingleFlight[None](self._count, failing=NO_SENTINEL_COUNTS)
         sentinels = self._endpoint.sentinels
-        self._watching = None if sentinels is None else Watching(sentinels, self.renew)
+        self._watching = None if sentinels is None else Watching(sentinels, self.renew, self._replicas.recount)
 
     def exchange(self, packet: Packet) -> list[Reply]:
         """Send a packet and read a reply for each command.
@@ -335,7 +354,7 @@ class Wire:
         try:
             permitted = are_permitted(_roundtrip(line.connection, subscribing(channels)))
         except (client_errors.RedisError, OSError) as error:
-            raise no_reply(error, line.client) from error
+            raise no_reply(error, line.server) from error
         finally:
             if not permitted:
                 line.connection.disconnect()
@@ -352,6 +371,7 @@ class Wire:
     def renew(self) -> None:
         """Leave every connection, those in use once they are idle: another server has become the primary."""
         self._era += 1
+        self._replicas.forget()
         self._drop(self._idle)
         self._drop(self._idle_blocking)
 
@@ -375,21 +395,20 @@ class Wire:
 
     def _carry_over(self, idle: deque[Line], packet: Packet) -> Carrying:
         confirm, sentinels = packet.confirm, self._endpoint.sentinels
-        if confirm is not None and confirm.replicas is None and sentinels is not None and self._counted != self._era:
-            self._counting(packet.until_s, sentinels)
+        if sentinels is not None and self._replicas.must_be_counted(confirm):
+            self._count_replicas(packet.until_s, sentinels)
         try:
             line = idle.pop()
         except IndexError:
             line = self._open(packet.until_s)
-        kills = line.kills(packet.again)
         wait = None if confirm is None else self._replicas.wait(confirm, packet.until_s)
-        commands = [*kills, *packet.commands, *(() if wait is None else wait.commands())]
-        begin, end = len(kills), len(kills) + len(packet.commands)
+        commands = [*packet.commands, *(() if wait is None else wait.commands())]
+        count = len(packet.commands)
         try:
             line.connection.send_packed_command([packed(commands)])
             yield
             everything = _replies(line.connection, len(commands))
-            replies, said = everything[begin:end], everything[end:]
+            replies, said = everything[:count], everything[count:]
             if wait is not None:
                 while wait.goes_on(said, renewed=line.era != self._era):
                     said = _roundtrip(line.connection, wait.commands())
@@ -400,7 +419,7 @@ class Wire:
             if not isinstance(error, client_errors.RedisError | OSError):
                 raise
             self._drop(idle)  # what broke one connection has most likely broken the idle ones
-            raise no_reply(error, line.client) from error
+            raise no_reply(error, line.server) from error
         if line.era != self._era or any(type(reply) is Refusal and reply.code == "READONLY" for reply in replies):
             line.connection.disconnect()  # its server is a replica by now
             return replies
@@ -418,11 +437,18 @@ class Wire:
         except (client_errors.RedisError, OSError) as error:
             raise not_sent(error, NO_SENTINEL_ANSWERS) from error
 
+    def _count_replicas(self, until_s: float, sentinels: Sentinels) -> None:
+        """Ask the Sentinels how many replicas there are. If none answers, what was known before holds."""
+        try:
+            self._counting(until_s, sentinels)
+        except Lost:
+            if not self._replicas.are_known:
+                raise
+
     def _count(self, sentinels: Sentinels) -> None:
         """Ask the Sentinels how many replicas there are: in a failover the primary has lost sight of some."""
-        era = self._era
+        self._replicas.note_asked()
         self._replicas.expect(counted(self._told(sentinels, "sentinel_slaves", sentinels.name)))
-        self._counted = era
 
     @staticmethod
     def _told(sentinels: Sentinels, question: str, *args: str) -> list[Any]:
@@ -441,11 +467,10 @@ class Wire:
         primary = None if sentinels is None else self._finding(until_s, sentinels)
         try:
             connection.connect() if primary is None else connection.connect_to(primary)
-            (client_id,) = _roundtrip(connection, [CLIENT_ID]) if self._endpoint.real_server else [None]
         except (client_errors.RedisError, OSError) as error:
             connection.disconnect()
             raise not_sent(error) from error
-        return Line.of(connection, client_id, era)
+        return Line.of(connection, era)
 
 
 class Ear:

@@ -254,7 +254,7 @@ ERRORS: list[tuple[FlowError, dict[str, Any]]] = [
     (CancelPending(ID), {"flow_id": ID}),
     (InvalidData("no sense"), {"reason": "no sense"}),
     (OutcomeUnknown("abc"), {"op_id": "abc"}),
-    (NotDurable(None, 2, 1), {"flow": None, "wanted": 2, "reached": 1}),
+    (NotDurable("abc", None, 2, 1), {"op_id": "abc", "flow": None, "wanted": 2, "reached": 1}),
     (LayoutMismatch("p", "partition count", 16, 8), {"prefix": "p", "expected": 16, "actual": 8}),
     (StorageError("the server is away"), {}),
 ]

@@ -15,8 +15,20 @@ import msgpack
 import pytest
 import redis
 
-from redisflow import ExternalEvent, Flow, FlowError, FlowStatus, InvalidData, Timer
-from tests.support.subjects import BACKENDS, STATE, WHO, Backend, Servers, Subject, create, flow_in, observed
+from redisflow import ExternalEvent, Flow, FlowError, FlowNotFound, FlowStatus, InvalidData, Timer
+from tests.support.subjects import (
+    BACKENDS,
+    STATE,
+    WHO,
+    Backend,
+    Servers,
+    Subject,
+    brought_id,
+    create,
+    drawn_id,
+    flow_in,
+    observed,
+)
 
 if TYPE_CHECKING:
     from redis.typing import EncodableT, FieldT
@@ -64,10 +76,13 @@ WRONG: dict[bytes, Callable[[redis.Redis, bytes], object]] = {
 }
 
 
-def dump(subject: Subject) -> dict[bytes, tuple[bytes | None, int]]:
-    """Every key of the namespace, byte for byte."""
+def dump(subject: Subject) -> dict[bytes, tuple[bytes | None, bool]]:
+    """Every key of the namespace, byte for byte, and whether it expires, as tombstones do."""
     keys = subject.all_keys()
-    return {key: (subject.raw.dump(key), subject.raw.pttl(key)) for key in keys}
+    return {key: (subject.raw.dump(key), int(subject.raw.pttl(key)) > 0) for key in keys}
+
+
+DELETED = "deleted"  # what an operation begins with, beside the statuses
 
 
 @attrs.frozen
@@ -89,6 +104,9 @@ OPERATIONS: dict[str, Operation] = {
         None,
         lambda flows, flow: flows.create_mirrored(**WHO, state=STATE, flow_id=flow.id),
         (*FLOW, "owner", "status:running"),
+    ),
+    "create_managed over a tombstone": Operation(
+        DELETED, lambda flows, flow: create(flows, flow_id=flow.id), (*FLOW, "owner", "status:created")
     ),
     "start_running": Operation(
         "created", lambda flows, flow: flows.start_running(flow), (*FLOW, "status:created", "status:running")
@@ -148,6 +166,24 @@ OPERATIONS: dict[str, Operation] = {
     "record_step_observation": Operation(
         "running", lambda flows, flow: flows.record_step_observation(observed(flow.id)), (*FLOW, "steps")
     ),
+    "append_event by a brought id": Operation(
+        "running", lambda flows, flow: flows.append_event(flow, "note", op_id=brought_id()), (*FLOW, "seen")
+    ),
+    "record_step_observation by a brought id": Operation(
+        "running",
+        lambda flows, flow: flows.record_step_observation(observed(flow.id), op_id=brought_id()),
+        (*FLOW, "steps", "seen"),
+    ),
+    "update_state by a brought id": Operation(
+        "running",
+        lambda flows, flow: flows.update_state(flow, {"x": 1}, op_id=brought_id()),
+        (*FLOW, "status:running", "seen"),
+    ),
+    "finish by a brought id": Operation(
+        "running",
+        lambda flows, flow: flows.finish(flow.id, op_id=brought_id()),
+        (*FLOW, "status:running", "status:finished", "seen"),
+    ),
     "delete": Operation(
         "waiting", lambda flows, flow: flows.delete(flow), ("flow", "owner", "due", "waiters", *EVERY_STATUS)
     ),
@@ -160,7 +196,18 @@ TOUCHED = [(name, key) for name, operation in OPERATIONS.items() for key in oper
 
 def test_every_kind_of_key_is_touched_by_something() -> None:
     """The table below leaves no kind of key out."""
-    assert {key for _, key in TOUCHED} == {"flow", "events", "steps", "owner", "due", "waiters", *EVERY_STATUS}
+    assert {key for _, key in TOUCHED} == {"flow", "events", "steps", "seen", "owner", "due", "waiters", *EVERY_STATUS}
+
+
+def begun(flows: Any, begin: str) -> Flow:
+    """Make the flow that an operation begins with."""
+    if begin == DELETED:
+        flow = flow_in(flows, "created")
+        flows.delete(flow)
+        return flow
+    flow = flow_in(flows, begin, wait=WAIT)
+    flows.record_step_observation(observed(flow.id, "earlier"))
+    return flow
 
 
 @pytest.mark.parametrize(("name", "key_name"), TOUCHED)
@@ -174,8 +221,7 @@ def test_a_key_of_the_wrong_type_stops_a_change_before_it_begins(subject: Subjec
         if operation.begin is None:
             flow = attrs.evolve(bystander, id=UUID(int=bystander.id.int & ~0xFFFF << 32 | uuid4().int % 2**16 << 32))
         else:
-            flow = flow_in(flows, operation.begin, wait=WAIT)
-            flows.record_step_observation(observed(flow.id, "earlier"))
+            flow = begun(flows, operation.begin)
         key = key_of(subject, flow.id, key_name)
         kept = subject.raw.dump(key)
         subject.raw.delete(key)
@@ -204,7 +250,7 @@ def test_a_trail_that_takes_no_more_stops_a_change_before_it_begins(subject: Sub
     bystander = flow_in(flows, "waiting", wait=WAIT)
     flow = attrs.evolve(bystander, id=UUID(int=bystander.id.int ^ 2**64))
     if operation.begin is not None:
-        flow = flow_in(flows, operation.begin, wait=WAIT)
+        flow = begun(flows, operation.begin)
     key = key_of(subject, flow.id, "events")
     subject.raw.xadd(key, {"rev": 0, "kind": "note", "op": "0", "payload": b"\xc0"}, id=f"{2**64 - 1}-{2**64 - 1}")
     before = dump(subject)
@@ -214,19 +260,20 @@ def test_a_trail_that_takes_no_more_stops_a_change_before_it_begins(subject: Sub
     subject.raw.delete(*subject.all_keys())
 
 
-@pytest.mark.parametrize("key_name", ["events", "steps"])
+@pytest.mark.parametrize("key_name", ["events", "steps", "seen"])
 def test_deletion_is_whole_whatever_trail_and_steps_are(subject: Subject, key_name: str) -> None:
     """A key that is only removed may be of any type: all of the flow goes, or nothing."""
     flows = subject.manager()
     for wrong, put in WRONG.items():
         flow = flow_in(flows, "waiting", wait=WAIT)
-        flows.record_step_observation(observed(flow.id))
+        flows.record_step_observation(observed(flow.id), op_id=brought_id())
         key = key_of(subject, flow.id, key_name)
-        if wrong != KIND[key_name]:
+        if wrong != KIND.get(key_name, b"zset"):
             subject.raw.delete(key)
             put(subject.raw, key)
         assert flows.delete(flow)
-        assert subject.all_keys() == []
+        assert subject.only_tombstones_of(flow.id)
+        subject.raw.delete(subject.flow_key(flow.id))
 
 
 @pytest.mark.parametrize("key_name", ["flow", "events", "status:running", "waiters"])
@@ -314,14 +361,27 @@ def monitored(subject: Subject) -> Iterator[list[Run]]:
 
 
 # Those a key can be touched by, and TIME and PUBLISH. None deletes something large at once, as DEL does, or is slow
-# with everything there is, as KEYS is, or lets a key expire.
+# with everything there is, as KEYS is. What expires is a tombstone.
 KEYED = {
     b"COPY", b"EXISTS", b"HDEL", b"HEXISTS", b"HGET", b"HGETALL", b"HINCRBY", b"HKEYS", b"HLEN", b"HMGET", b"HSET",
-    b"RENAME", b"UNLINK", b"XADD", b"XLEN", b"XRANGE", b"XREVRANGE", b"ZADD", b"ZCARD", b"ZRANGE", b"ZREM", b"ZSCORE",
+    b"PERSIST", b"PEXPIRE", b"RENAME", b"UNLINK", b"XADD", b"XINFO", b"XLEN", b"XRANGE", b"XREVRANGE", b"ZADD",
+    b"ZCARD", b"ZRANGE", b"ZREM", b"ZSCORE",
 }  # fmt: skip
+
+
+def settle_in_vain(flows: Any, flow: Flow) -> None:
+    """Delete a flow, and have an operation of it settled."""
+    flows.delete(flow)
+    with pytest.raises(FlowNotFound):
+        flows.append_event(flow, "note", op_id=drawn_id())
+
+
 SEEN: dict[str, Callable[[Any, Flow], object]] = {
     **{name: operation.call for name, operation in OPERATIONS.items()},
     "an op id of the caller's": lambda flows, flow: flows.append_event(flow, "note", op_id="ab" * 16),
+    "an op id of the library's": lambda flows, flow: flows.append_event(flow, "note", op_id=drawn_id()),
+    "an op id of the library's, of no flow": settle_in_vain,
+    "a creation's op id": lambda flows, flow: create(flows, flow_id=flow.id, op_id=next(flows.iter_events(flow)).op_id),
     "a view's reads": lambda flows, flow: flows.for_owner(WHO["owner_session_key"]).list_events(flow),
     "a repair": lambda flows, _: flows.doctor(repair=True),
 }
@@ -332,9 +392,10 @@ def test_a_script_touches_the_keys_it_declares_and_no_other(subject: Subject, na
     """Or a cluster would part a flow, and a user's rights end midway. Ids of events are the server's."""
     flows = subject.manager()
     begin = OPERATIONS[name].begin if name in OPERATIONS else "waiting"
-    flow = flow_in(flows, begin or "created", wait=WAIT)
+    flow = begun(flows, begin or "created")
     if begin is None:
         flows.delete(flow)
+        subject.raw.delete(subject.flow_key(flow.id))
     with monitored(subject) as runs:
         SEEN[name](flows, flow)
     assert any(run.commands for run in runs)
@@ -345,6 +406,9 @@ def test_a_script_touches_the_keys_it_declares_and_no_other(subject: Subject, na
                 continue
             assert command in KEYED
             assert set(keys_in(subject, words)) <= run.keys, f"{name}: {words} without its key declared"
+            if command == b"PEXPIRE":
+                assert rest[0] == subject.flow_key(flow.id)
+                assert subject.raw.hexists(rest[0], "gone")
             if command == b"XADD":
                 assert b"*" in rest[: rest.index(b"rev")]
 

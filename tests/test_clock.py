@@ -103,24 +103,25 @@ def test_a_resend_behind_a_step_is_found(stepped: Stepped, seconds: int) -> None
     with FaultProxy(stepped.server.port) as proxy, FlowManager.from_url(stepped.server.url) as direct:
         flow = prepared(direct, FlowStatus.RUNNING)
         direct.update_state(prepared(direct, FlowStatus.RUNNING), increment={"n": 1})  # the server knows the script
-        resent = []
+        resent: list[tuple[object, ...]] = []
 
         def plan(command: list[bytes]) -> Fault:
             if (call := sent(command)) is None:
                 return PASS
             if not call[2]:
                 return CUT_REPLY
+            if not resent:
+                stepped.step(timedelta(seconds=seconds))
+                for n in range(250):
+                    direct.append_event(flow, "aside", n)
+                direct.update_state(flow.id, increment={"aside": 1})
             resent.append(call)
-            stepped.step(timedelta(seconds=seconds))
-            for n in range(250):
-                direct.append_event(flow, "aside", n)
-            direct.update_state(flow.id, increment={"aside": 1})
             return PASS
 
         with FlowManager.from_url(proxy.url) as flows:
             proxy.plan = plan
             after = flows.update_state(flow, increment={"n": 1})
-        assert len(resent) == 1
+        assert len(set(resent)) == 1  # the server may have to be sent the script
         assert (after.state["n"], after.state["aside"], after.revision) == (1, 1, flow.revision + 2)
         assert direct.get(flow) == after
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from itertools import chain, pairwise, repeat
 from typing import Any
 from uuid import UUID
@@ -12,8 +11,23 @@ import attrs
 import pytest
 
 from redisflow import InvalidData, NotDurable, OutcomeUnknown, StorageError, scripts
-from redisflow.calls import Batch, Block, Call, Command, Confirm, Lost, Packet, Pause, Read, Refusal, Unconfirmed
-from redisflow.delivery import Policy, deliver
+from redisflow.calls import (
+    Batch,
+    Block,
+    Call,
+    Command,
+    Confirm,
+    Lost,
+    Packet,
+    Pause,
+    Read,
+    Refusal,
+    Together,
+    Unconfirmed,
+)
+from redisflow.delivery import Fences, Policy, deliver
+from redisflow.scripts import SETTLE
+from redisflow.settling import FIRST_PAGE, PAGE
 
 OP = "ab" * 16
 PASSING = [
@@ -33,10 +47,16 @@ NOT_SENT = Lost("cannot connect", sent=False)
 Answer = Any  # what a packet gets: replies, a Lost, or a function of the packet
 
 
-def call(n: int = 0) -> Call:
+FIRST, SECOND, THIRD = b"1-0-0", b"2-0-0", b"3-0-0"  # the fences that a world gives a flow, one after the other
+NOT_FOUND = (0, 0, b"whole", b"")  # the end of a settlement's reply
+
+
+def call(n: int = 0, **options: Any) -> Call:
     """The n-th call of a test."""
     op = f"{n:032x}" if n else OP
-    return Call(scripts.UNTRIMMED.append_event, 7, (b"{t}:k%d" % n,), (b"rest",), UUID(int=n), op)
+    return Call(
+        scripts.UNTRIMMED.append_event, 7, (b"{t}:k%d" % n, b"{t}:e%d" % n), (b"rest",), UUID(int=n), op, **options
+    )
 
 
 def one(wanted: Any) -> Generator[Any, Any, Any]:
@@ -45,15 +65,28 @@ def one(wanted: Any) -> Generator[Any, Any, Any]:
 
 
 class World:
-    """Answers packets from a list; its clock moves with pauses, and by `takes_s` for each packet."""
+    """Answers packets from a list; its clock moves with pauses, and by `takes_s` for each packet.
 
-    def __init__(self, *answers: Answer, takes_s: float = 0.0) -> None:
+    It settles flows by itself: each has a fence, and the attempts in doubt have not been applied.
+
+    Attributes:
+        packets: those that were answered from the list, and `sent_at` when they were sent.
+        settlements: the packets that settled flows.
+        verdicts: what comes behind the fence in the replies to the next settlements, or an answer in place of such a
+            packet: a `Lost`, or refusals.
+    """
+
+    def __init__(self, *answers: Answer, takes_s: float = 0.0, verdicts: Iterable[Any] = ()) -> None:
         self.answers: Iterator[Answer] = iter(answers)
         self.takes_s = takes_s
+        self.verdicts: Iterator[Any] = iter(verdicts)
         self.now_s = 1000.0
         self.packets: list[Any] = []
+        self.settlements: list[Packet] = []
+        self.together: list[Together] = []
         self.sent_at: list[float] = []
         self.pauses: list[float] = []
+        self.fences: dict[bytes, bytes] = {}
 
     def then_for_ever(self, answer: Answer) -> World:
         """Give that answer to whatever comes after the listed ones."""
@@ -62,23 +95,46 @@ class World:
 
     def run(self, op: Generator[Any, Any, Any], *, deadline_s: float = 15.0, **options: Any) -> Any:
         """Carry an operation out."""
-        steps = deliver(op, Policy(deadline_s, clock=lambda: self.now_s, **options))
+        return self._drive(deliver(op, Policy(deadline_s, clock=lambda: self.now_s, **options)))
+
+    def _drive(self, steps: Generator[Any, Any, Any]) -> Any:
         try:
             step = next(steps)
             while True:
-                if isinstance(step, Pause):
-                    self.pauses.append(step.seconds)
-                    self.now_s += step.seconds
-                    step = steps.send(None)
-                    continue
-                self.packets.append(step)
-                self.sent_at.append(self.now_s)
-                self.now_s += self.takes_s
-                answer = next(self.answers)
-                answer = answer(step) if callable(answer) else answer
+                answer = self._answer(step)
                 step = steps.throw(answer) if isinstance(answer, Lost) else steps.send(answer)
         except StopIteration as stop:
             return stop.value
+
+    def _answer(self, step: Any) -> Any:
+        if isinstance(step, Pause):
+            self.pauses.append(step.seconds)
+            self.now_s += step.seconds
+            return None
+        if isinstance(step, Together):
+            self.together.append(step)
+            return self._drive(step.run(step.items))
+        sent_at, self.now_s = self.now_s, self.now_s + self.takes_s
+        if isinstance(step, Packet) and all(map(is_settlement, step.commands)):
+            self.settlements.append(step)
+            return self._settled(step)
+        self.packets.append(step)
+        self.sent_at.append(sent_at)
+        answer = next(self.answers)
+        return answer(step) if callable(answer) else answer
+
+    def _settled(self, packet: Packet) -> Any:
+        replies = []
+        for command in packet.commands:
+            verdict = next(self.verdicts, NOT_FOUND)
+            if not isinstance(verdict, tuple):
+                return verdict
+            key, carried = command[3], argv(command)[1]
+            fence = self.fences.get(key, b"")
+            if carried == b"*" or b"|%b|" % fence in carried:
+                fence = self.fences[key] = b"%d-0-0" % (int(fence.partition(b"-")[0] or b"0") + 1)
+            replies.append([fence, *verdict])
+        return replies
 
     def commands(self, n: int) -> list[Any]:
         """The commands of the n-th packet."""
@@ -87,57 +143,84 @@ class World:
         return [list(command) for command in packet.commands]
 
 
+def argv(command: Sequence[bytes]) -> Sequence[bytes]:
+    """Return the arguments of a script behind its keys."""
+    return command[3 + int(command[2]) :]
+
+
+def is_settlement(command: Sequence[bytes]) -> bool:
+    """Tell whether a command settles a flow."""
+    return command[1] in {SETTLE.source.sha, SETTLE.source.text, SETTLE.plain.text}
+
+
 def refuse(code: str) -> list[Refusal]:
     """A packet of one command, refused."""
     return [Refusal(code, f"{code} because")]
 
 
-def spans(world: World) -> list[int | None]:
-    """What each packet's first command said of its first attempt, milliseconds."""
-    looks = [world.commands(n)[0][5].partition(b"|")[0] for n in range(len(world.packets))]
-    return [int(re.sub(rb"\D", b"", look)) if look else None for look in looks]
+def attempts(world: World) -> list[bytes]:
+    """Return the fence that each packet's first command knew."""
+    return [attempt_of(world.commands(n)[0]) for n in range(len(world.packets))]
+
+
+def attempt_of(command: Sequence[bytes]) -> bytes:
+    """Return the fence that an attempt knew."""
+    return argv(command)[1].partition(b"|")[0]
+
+
+def carried(world: World) -> list[bytes]:
+    """Return the fences that each settlement was to end, for its packet's first flow."""
+    return [argv(settlement.commands[0])[1] for settlement in world.settlements]
+
+
+def looked_for(world: World) -> list[tuple[Any, ...]]:
+    """Return what each settlement looked for: how many ids not in the trail, and all ids."""
+    return [tuple(argv(settlement.commands[0])[4:]) for settlement in world.settlements]
 
 
 # --- single calls
 
 
-def test_a_call_that_is_answered_is_sent_once_and_says_no_span() -> None:
+def test_a_call_that_is_answered_is_sent_once_and_knows_no_fence() -> None:
     """The ordinary path: the script's SHA, its keys, its arguments as they are."""
     world = World([b"reply"])
     assert world.run(one(call())) == b"reply"
     sha = scripts.UNTRIMMED.append_event.source.sha
-    command = (b"EVALSHA", sha, b"1", b"{t}:k0", OP.encode(), b"", b"rest")
+    command = (b"EVALSHA", sha, b"2", b"{t}:k0", b"{t}:e0", OP.encode(), b"", b"rest")
     assert world.packets == [Packet((7,), (command,), until_s=world.sent_at[0] + 15.0)]
     assert world.pauses == []
+    assert world.settlements == []
 
 
-def test_a_resend_says_how_long_ago_the_first_attempt_was() -> None:
-    """Counted from the first that may have arrived, never less than the truth; the op stays the same."""
+def test_an_attempt_that_was_lost_is_settled_before_the_next() -> None:
+    """Each of them: it is sent again with the fence that it was settled with. The op stays the same."""
     world = World(SENT, SENT, SENT, [b"reply"], takes_s=0.25)
     assert world.run(one(call())) == b"reply"
-    first, *resends = spans(world)
-    assert first is None
-    for span, at in zip(resends, world.sent_at[1:], strict=True):
-        assert span is not None
-        assert 0 <= span - (at - world.sent_at[0]) * 1000 <= 2
-    assert {command[4] for n in range(4) for command in world.commands(n)} == {OP.encode()}
+    assert attempts(world) == [b"", FIRST, SECOND, THIRD]
+    assert carried(world) == [b"||", b"|1-0-0|", b"|2-0-0|"]
+    assert {command[5] for n in range(4) for command in world.commands(n)} == {OP.encode()}
+    page = (b"+", b"%d" % FIRST_PAGE)
+    for settlement in world.settlements:
+        (command,) = settlement.commands
+        assert command[:6] == (b"EVALSHA", SETTLE.source.sha, b"2", b"{t}:k0", b"{t}:e0", b"")
+        assert command[7:] == (*page, b"0", OP.encode())
+        assert settlement.slots == [7]
 
 
-def test_a_call_that_was_surely_not_sent_says_no_span() -> None:
+def test_a_call_that_was_surely_not_sent_is_not_settled() -> None:
     """What never left cannot have run: the next attempt is a first one."""
     world = World(NOT_SENT, NOT_SENT, [b"reply"])
     assert world.run(one(call())) == b"reply"
-    assert spans(world) == [None, None, None]
+    assert attempts(world) == [b"", b"", b""]
+    assert world.settlements == []
 
 
-def test_the_span_counts_from_the_first_attempt_that_was_sent() -> None:
-    """Attempts that never left before it do not count, nor does one after it reset it."""
+def test_only_attempts_that_were_sent_are_settled() -> None:
+    """Those that never left, and those that were refused, leave nothing in doubt."""
     world = World(NOT_SENT, SENT, NOT_SENT, refuse("BUSY"), [b"reply"], takes_s=1.0)
     world.run(one(call()))
-    assert spans(world)[:2] == [None, None]
-    for span, at in zip(spans(world)[2:], world.sent_at[2:], strict=True):
-        assert span is not None
-        assert 0 <= span - (at - world.sent_at[1]) * 1000 <= 2
+    assert attempts(world) == [b"", b"", FIRST, FIRST, FIRST]
+    assert carried(world) == [b"||"]
 
 
 @pytest.mark.parametrize("code", PASSING)
@@ -145,7 +228,8 @@ def test_a_passing_refusal_is_tried_again_as_a_first_attempt(code: str) -> None:
     """The server answered and did not execute."""
     world = World(refuse(code), refuse(code), [b"reply"])
     assert world.run(one(call())) == b"reply"
-    assert spans(world) == [None, None, None]
+    assert attempts(world) == [b"", b"", b""]
+    assert world.settlements == []
     assert len(world.pauses) == 2
 
 
@@ -166,13 +250,63 @@ def test_a_key_of_the_wrong_type_is_invalid_data() -> None:
 
 
 @pytest.mark.parametrize("code", LASTING)
-def test_a_lasting_refusal_after_a_loss_leaves_the_outcome_unknown(code: str) -> None:
-    """The first attempt may have run; nothing is sent after the refusal."""
+def test_a_lasting_refusal_after_a_settled_loss_ends_it_at_once(code: str) -> None:
+    """The first attempt was not applied, and no longer can be: a plain `StorageError`."""
     world = World(SENT, refuse(code))
+    with pytest.raises(StorageError, match="because") as refused:
+        world.run(one(call()))
+    assert not isinstance(refused.value, OutcomeUnknown)
+    assert len(world.packets) == 2
+
+
+@pytest.mark.parametrize("code", LASTING)
+def test_a_lasting_refusal_of_what_was_applied_leaves_the_outcome_unknown(code: str) -> None:
+    """The first attempt was found, and what it came to is not known; nothing is sent after the refusal."""
+    world = World(SENT, refuse(code), verdicts=[found(b"12-3")])
     with pytest.raises(OutcomeUnknown) as unknown:
         world.run(one(call()))
     assert unknown.value.op_id == OP
     assert len(world.packets) == 2
+
+
+@pytest.mark.parametrize("code", LASTING)
+def test_a_lasting_refusal_of_the_settlement_leaves_the_outcome_unknown(code: str) -> None:
+    """The first attempt may have run; nothing is sent after the refusal."""
+    world = World(SENT, verdicts=[refuse(code)])
+    with pytest.raises(OutcomeUnknown, match="because") as unknown:
+        world.run(one(call()))
+    assert unknown.value.op_id == OP
+    assert (len(world.packets), len(world.settlements)) == (1, 1)
+
+
+@pytest.mark.parametrize("trouble", [*map(refuse, PASSING), SENT, NOT_SENT], ids=str)
+def test_a_settlement_is_tried_again(trouble: Any) -> None:
+    """It may be asked any number of times; the call is not sent until it is answered."""
+    world = World(SENT, [b"reply"], verdicts=[trouble] * 5)
+    assert world.run(one(call())) == b"reply"
+    assert attempts(world) == [b"", FIRST]
+    assert carried(world) == [b"||"] * 6
+    assert len(world.pauses) >= 6
+
+
+def test_a_settlement_that_is_never_answered_leaves_the_outcome_unknown() -> None:
+    """At the deadline; the call is not sent again."""
+    world = World(SENT, verdicts=repeat(SENT))
+    with pytest.raises(OutcomeUnknown) as unknown:
+        world.run(one(call()))
+    assert unknown.value.op_id == OP
+    assert len(world.packets) == 1
+    assert 14 <= world.now_s - 1000 <= 17
+
+
+def test_a_settling_script_that_is_unknown_is_sent_as_text_at_once() -> None:
+    """As any other; to fakeredis without a shebang."""
+    for plain in (False, True):
+        world = World(SENT, [b"reply"], verdicts=[refuse("NOSCRIPT")])
+        assert world.run(one(call()), plain_scripts=plain) == b"reply"
+        assert len(world.pauses) == 1
+        _, second = (settlement.commands[0] for settlement in world.settlements)
+        assert second[:2] == (b"EVAL", (SETTLE.plain if plain else SETTLE.source).text)
 
 
 @pytest.mark.parametrize("sent", [True, False])
@@ -207,11 +341,225 @@ def test_what_was_never_executed_is_never_unknown(answers: list[Any]) -> None:
     assert len(world.packets) > 2
 
 
-def test_one_sent_attempt_among_unsent_ones_makes_it_unknown() -> None:
-    """However the last one failed."""
-    for last in (NOT_SENT, refuse("LOADING"), refuse("READONLY")):
+@pytest.mark.parametrize("last", [NOT_SENT, refuse("LOADING"), refuse("READONLY")], ids=str)
+@pytest.mark.parametrize("settled", [True, False])
+def test_one_sent_attempt_among_unsent_ones_makes_it_unknown(last: Any, *, settled: bool) -> None:
+    """However the last one failed; but not once it was settled."""
+    world = World(NOT_SENT, SENT, verdicts=[] if settled else repeat(last)).then_for_ever(last)
+    with pytest.raises(StorageError) as failed:
+        world.run(one(call()))
+    assert isinstance(failed.value, OutcomeUnknown) is not settled
+    assert len(world.settlements) >= 1
+
+
+# --- fences
+
+
+def fenced(fence: bytes) -> list[Refusal]:
+    """The refusal of an attempt that did not know the flow's fence."""
+    return [Refusal("FENCED", f"FENCED {fence.decode()}".rstrip())]
+
+
+def copied(fence: bytes) -> dict[bytes, bytes]:
+    """A copy of the flow with that fence."""
+    return {b"etag": b"e" * 32 + b" " * bool(fence) + fence, b"updated_at": b"1700000000000000"}
+
+
+def test_an_attempt_that_does_not_know_the_fence_is_sent_again_with_it_at_once() -> None:
+    """It was not applied: no pause, nothing to settle."""
+    world = World(fenced(b"7-5-5"), [b"reply"])
+    assert world.run(one(call())) == b"reply"
+    assert attempts(world) == [b"", b"7-5-5"]
+    assert (world.pauses, world.settlements) == ([], [])
+
+
+def test_a_fence_may_be_taken_back() -> None:
+    """A failover has lost it: the attempt knows one that the flow has no more."""
+    world = World(fenced(b""), [b"reply"])
+    assert world.run(one(call(copy=copied(b"7-5-5")))) == b"reply"
+    assert attempts(world) == [b"7-5-5", b""]
+
+
+def test_a_fence_that_was_told_is_known_from_then_on() -> None:
+    """By every first attempt on that flow, and no other; of it and the copy's, the later one is taken."""
+    fences = Fences()
+    World(fenced(b"7-5-5"), [b"reply"]).run(one(call()), fences=fences)
+    World(SENT, [b"reply"]).run(one(call(3)), fences=fences)
+    world = World().then_for_ever([b"reply"])
+    for wanted in (
+        call(),
+        call(copy=copied(b"")),
+        call(copy=copied(b"6-9-9")),
+        call(copy=copied(b"10-4-4")),
+        call(2),
+        call(2, copy=copied(b"10-4-4")),
+        call(3),
+    ):
+        world.run(one(wanted), fences=fences)
+    assert attempts(world) == [b"7-5-5", b"7-5-5", b"7-5-5", b"10-4-4", b"", b"10-4-4", FIRST]
+
+
+def test_fences_are_forgotten_past_ten_thousand_flows() -> None:
+    """Each then costs a round trip; the memory is bounded."""
+    fences = Fences()
+    for n in range(1, 10_002):
+        fences.learn(UUID(int=n), FIRST)
+    assert (fences.of(call(1)), fences.of(call(10_001))) == (b"", FIRST)
+
+
+def test_a_lost_attempt_is_settled_by_the_fence_that_it_knew() -> None:
+    """The copy's, or that which a refusal told."""
+    for copy, answers in ((copied(b"7-5-5"), []), ({}, [fenced(b"7-5-5")])):
+        world = World(*answers, SENT, [b"reply"])
+        world.fences[b"{t}:k0"] = b"7-5-5"
+        assert world.run(one(call(copy=copy))) == b"reply"
+        assert carried(world) == [b"|7-5-5|"]
+        assert attempts(world)[-2:] == [b"7-5-5", b"8-0-0"]
+
+
+def test_an_endless_quarrel_about_the_fence_pauses() -> None:
+    """Somebody settles the flow again and again."""
+    world = World(*[fenced(b"%d-0-0" % n) for n in range(1, 30)], [b"reply"])
+    assert world.run(one(call())) == b"reply"
+    assert attempts(world) == [b"", *[b"%d-0-0" % n for n in range(1, 30)]]
+    assert 0 < len(world.pauses) < 30
+
+
+# --- what a settlement finds
+
+
+def found(event_id: bytes, op: str = OP) -> tuple[Any, ...]:
+    """A settlement that finds what the operation left."""
+    return (0, 0, b"more", event_id, op.encode(), event_id)
+
+
+def test_an_operation_that_was_applied_is_asked_for_what_it_did() -> None:
+    """By the event it left: the answer is that of the first attempt."""
+    world = World(SENT, [b"reply"], verdicts=[found(b"12-3")])
+    assert world.run(one(call())) == b"reply"
+    assert attempts(world) == [b"", b"=12-3"]
+
+
+def test_a_lost_question_for_what_was_done_is_asked_again() -> None:
+    """It changes nothing, so there is nothing to settle; lost to the end, the outcome is unknown all the same."""
+    world = World(SENT, SENT, SENT, [b"reply"], verdicts=[found(b"12-3")])
+    assert world.run(one(call())) == b"reply"
+    assert attempts(world) == [b"", b"=12-3", b"=12-3", b"=12-3"]
+    assert len(world.settlements) == 1
+    for last in (SENT, NOT_SENT, refuse("LOADING")):
         with pytest.raises(OutcomeUnknown):
-            World(NOT_SENT, SENT).then_for_ever(last).run(one(call()))
+            World(SENT, verdicts=[found(b"12-3")]).then_for_ever(last).run(one(call()))
+
+
+def test_an_event_that_is_gone_is_settled_again() -> None:
+    """A failover has lost what was found: the flow is settled anew, and the call sent."""
+    world = World(SENT, refuse("UNSETTLED"), [b"reply"], verdicts=[found(b"12-3")])
+    assert world.run(one(call())) == b"reply"
+    assert attempts(world) == [b"", b"=12-3", FIRST]
+    assert len(world.settlements) == 2
+    assert len(world.pauses) == 1
+
+
+def test_a_trimmed_trail_leaves_the_outcome_unknown() -> None:
+    """It does not reach back to the first attempt: nothing is sent."""
+    world = World(SENT, verdicts=[(0, 0, b"trimmed", b"12-3")])
+    with pytest.raises(OutcomeUnknown, match="trail") as unknown:
+        world.run(one(call()))
+    assert unknown.value.op_id == OP
+    assert len(world.packets) == 1
+
+
+def test_a_long_trail_is_searched_page_by_page() -> None:
+    """100 entries, then 1,000 at a time, each page behind the last; the flow is fenced by the first."""
+    pages = [(0, 0, b"more", b"9-0"), (0, 0, b"more", b"8-0"), (0, 0, b"more", b"7-0", OP.encode(), b"7-5")]
+    world = World(SENT, [b"reply"], verdicts=pages)
+    assert world.run(one(call())) == b"reply"
+    looked = [tuple(argv(settlement.commands[0])[2:4]) for settlement in world.settlements]
+    assert looked == [(b"+", b"%d" % FIRST_PAGE), (b"(9-0", b"%d" % PAGE), (b"(8-0", b"%d" % PAGE)]
+    assert attempts(world)[1:] == [b"=7-5"]
+    assert len(world.pauses) == 1
+
+
+def test_a_flow_that_was_deleted_is_not_brought_back() -> None:
+    """Whether there is another by now: the lost attempt was meant for the one that was deleted."""
+    world = World(SENT, verdicts=[(1, 0, b"whole", b"")])
+    assert world.run(one(call())) == [b"ABSENT"]
+    assert len(world.packets) == 1
+    world = World(SENT, verdicts=[(1, 0, b"whole", b"")])
+    assert world.run(one(call(if_deleted=[b"OK"]))) == [b"OK"]
+    world = World(SENT, [b"reply"], verdicts=[(1, 0, b"whole", b"")])
+    assert world.run(one(call(if_deleted=None))) == b"reply"
+    assert attempts(world) == [b"", FIRST]
+
+
+def test_an_attempt_that_knew_the_new_flows_fence_was_meant_for_it() -> None:
+    """And may be sent again."""
+    world = World(SENT, [b"reply"], verdicts=[(7, 0, b"whole", b"")])
+    world.fences[b"{t}:k0"] = b"7-5-5"
+    assert world.run(one(call(copy=copied(b"7-5-5")))) == b"reply"
+    assert attempts(world) == [b"7-5-5", b"8-0-0"]
+
+
+# --- ids that callers bring
+
+
+def brought(n: int = 0, **options: Any) -> Call:
+    """The n-th call of a test, under an id that the caller brought: the last key is the index of those."""
+    seen = b"{t}:s%d" % n
+    wanted = call(n, brought=True, seen=seen, **options)
+    return attrs.evolve(wanted, keys=(*wanted.keys, seen))
+
+
+def test_a_brought_id_is_sent_as_any_other_and_looked_up_in_the_index() -> None:
+    """Not in the trail."""
+    world = World(SENT, [b"reply"])
+    assert world.run(one(brought())) == b"reply"
+    assert attempts(world) == [b"", FIRST]
+    assert world.settlements[0].commands[0][2:6] == (b"3", b"{t}:k0", b"{t}:e0", b"{t}:s0")
+    assert looked_for(world) == [(b"1", OP.encode())]
+    world = World(SENT, [b"reply"], verdicts=[(0, 0, b"whole", b"", OP.encode(), b"12")])
+    assert world.run(one(brought())) == b"reply"
+    assert attempts(world) == [b"", b"=12"]
+
+
+def test_a_drawn_id_that_is_brought_back_is_settled_before_it_is_sent() -> None:
+    """Whatever fence somebody else's attempt knew; the trail is searched for it, and fenced once."""
+    world = World([b"reply"])
+    assert world.run(one(brought(doubtful=True))) == b"reply"
+    assert attempts(world) == [FIRST]
+    assert carried(world) == [b"*"]
+    assert looked_for(world) == [(b"0", OP.encode())]
+    world = World([b"reply"], verdicts=[(0, 0, b"more", b"13-0"), found(b"12-3")])
+    assert world.run(one(brought(doubtful=True))) == b"reply"
+    assert attempts(world) == [b"=12-3"]
+    assert carried(world)[0] == b"*"
+    assert carried(world)[1] != b"*"
+
+
+def test_the_copy_of_who_brings_an_id_back_ends_no_search() -> None:
+    """It may be newer than what the operation did."""
+    known = (0, 0, b"more", b"9-0", b"e" * 32, b"1700000000000-5")
+    world = World([b"reply"], verdicts=[known, found(b"8-3")])
+    assert world.run(one(brought(doubtful=True, copy=copied(b"")))) == b"reply"
+    assert attempts(world) == [b"=8-3"]
+    world = World(SENT, [b"reply"], verdicts=[known])
+    assert world.run(one(call(copy=copied(b"")))) == b"reply"
+    assert attempts(world) == [b"", FIRST]
+
+
+def test_a_drawn_id_whose_flow_was_deleted_stays_unknown() -> None:
+    """Nobody knows which of the two flows the attempt was meant for."""
+    world = World(verdicts=[(1, 0, b"whole", b"")])
+    with pytest.raises(OutcomeUnknown, match="deleted"):
+        world.run(one(brought(doubtful=True)))
+    assert world.packets == []
+
+
+def test_an_operation_that_was_refused_in_the_meantime_is_sent_again_with_the_note() -> None:
+    """It was not applied, and the caller asks anew: at once, on this attempt and the following ones."""
+    world = World([Refusal("REFUSED", "REFUSED -123")], refuse("BUSY"), SENT, [b"reply"])
+    assert world.run(one(brought())) == b"reply"
+    assert [argv(world.commands(n)[0])[1] for n in range(4)] == [b"", b"|-123||", b"|-123||", FIRST + b"|-123||"]
 
 
 # --- time
@@ -255,17 +603,17 @@ def test_an_unknown_script_is_sent_as_text_at_once() -> None:
     assert world.run(one(call())) == b"reply"
     assert world.pauses == []
     text = scripts.UNTRIMMED.append_event.source.text
-    assert world.commands(1) == [[b"EVAL", text, b"1", b"{t}:k0", OP.encode(), b"", b"rest"]]
+    assert world.commands(1) == [[b"EVAL", text, b"2", b"{t}:k0", b"{t}:e0", OP.encode(), b"", b"rest"]]
 
 
-def test_an_unknown_script_on_a_resend_keeps_the_span() -> None:
+def test_an_unknown_script_on_a_resend_keeps_the_fence() -> None:
     """A promoted replica has the data and not the script."""
-    world = World(SENT, refuse("NOSCRIPT"), [b"reply"])
-    world.run(one(call()))
-    first, *rest = spans(world)
-    assert first is None
-    assert None not in rest
-    assert world.commands(2)[0][0] == b"EVAL"
+    for verdicts, attempt in (([], FIRST), ([found(b"12-3")], b"=12-3")):
+        world = World(SENT, refuse("NOSCRIPT"), [b"reply"], verdicts=verdicts)
+        world.run(one(call()))
+        assert attempts(world) == [b"", attempt, attempt]
+        assert world.commands(2)[0][0] == b"EVAL"
+        assert len(world.settlements) == 1
 
 
 def test_a_server_that_never_learns_a_script_ends_it() -> None:
@@ -304,44 +652,63 @@ def test_a_batch_settles_each_call_by_itself() -> None:
     assert not isinstance(b, OutcomeUnknown)
     assert keys_of(world, 1) == [b"{t}:k3", b"{t}:k4"]
     assert [command[0] for command in world.commands(1)] == [b"EVALSHA", b"EVAL"]
-    assert [command[5] for command in world.commands(1)] == [b"", b""]
+    assert list(map(attempt_of, world.commands(1))) == [b"", b""]
+    assert world.settlements == []
 
 
-def test_a_lost_batch_is_resent_whole_with_spans() -> None:
-    """No telling which of it ran: each call says its span, each is settled by its own reply."""
+def test_a_lost_batch_is_settled_and_resent_whole() -> None:
+    """No telling which of it ran: each flow is settled, in one packet, and each call has its own reply."""
     world = World(SENT, [b"a", Refusal("BUSY", "BUSY"), Refusal("ERR", "ERR x")], [b"b"])
+    a, b, c = world.run(one(Batch([call(n) for n in (1, 2, 3)])))
+    assert (a, b) == (b"a", b"b")
+    assert isinstance(c, StorageError)
+    assert not isinstance(c, OutcomeUnknown)  # it was settled, and then refused
+    assert {attempt_of(command) for n in (1, 2) for command in world.commands(n)} == {FIRST}
+    (settlement,) = world.settlements
+    assert [command[3] for command in settlement.commands] == [b"{t}:k1", b"{t}:k2", b"{t}:k3"]
+    assert [step.key for step in world.together] == [("settle", 7)]
+
+
+def test_a_batch_of_which_some_was_applied_asks_for_that() -> None:
+    """Each by its own event; what is unknown is not sent."""
+    verdicts = [found(b"12-3", call(1).op_id), NOT_FOUND, (0, 0, b"trimmed", b"12-3")]
+    world = World(SENT, [b"a", b"b"], verdicts=verdicts)
     a, b, c = world.run(one(Batch([call(n) for n in (1, 2, 3)])))
     assert (a, b) == (b"a", b"b")
     assert isinstance(c, OutcomeUnknown)
     assert c.op_id == call(3).op_id
-    assert all(command[5] for n in (1, 2) for command in world.commands(n))
+    assert list(map(attempt_of, world.commands(1))) == [b"=12-3", FIRST]
 
 
-def test_a_batch_that_is_lost_to_the_end_has_an_outcome_for_each() -> None:
-    """Those that were answered keep their answers; the others are unknown, each with its own op id."""
-    world = World([b"a", Refusal("BUSY", "BUSY"), Refusal("BUSY", "BUSY")]).then_for_ever(SENT)
-    a, b, c = world.run(one(Batch([call(n) for n in (1, 2, 3)])))
-    assert a == b"a"
-    assert [error.op_id for error in (b, c)] == [call(2).op_id, call(3).op_id]
+def test_what_is_in_doubt_at_several_nodes_is_settled_at_each() -> None:
+    """A flow whose settlement is refused holds up only its own call."""
+    calls = [attrs.evolve(call(n), slot=n) for n in (1, 2)]
+    world = World(SENT, [b"b"], verdicts=[refuse("NOPERM"), NOT_FOUND])
+    a, b = world.run(one(Batch(calls)), cluster=True)
+    assert isinstance(a, OutcomeUnknown)
+    assert b == b"b"
+    assert [step.key for step in world.together] == [("settle", 1), ("settle", 2)]
+    assert [step.slots for step in world.settlements] == [[1], [2]]
 
 
-def test_a_large_batch_is_parted_and_keeps_its_order() -> None:
-    """No packet of unbounded size; outcomes come in the order of the calls."""
+def test_calls_of_one_flow_are_settled_by_one_search() -> None:
+    """However many callers wait: what is in doubt at the time is settled together, 500 operations a script."""
+    world = World(SENT, [b"reply"])
+    world.run(one(call()))
+    (step,) = world.together
+    (doubt,) = step.items
+    items = [attrs.evolve(doubt, call=attrs.evolve(doubt.call, op_id=f"{n:032x}")) for n in range(600)]
+    assert world._drive(step.run(items)).keys() == set(items)
+    counts = [len(argv(command)[5:]) for command in world.settlements[-1].commands]
+    assert counts == [500, 100]
 
-    def echo(packet: Packet) -> list[bytes]:
-        return [bytes(command[3]) for command in packet.commands]
 
-    world = World(echo, SENT).then_for_ever(echo)
-    outcomes = world.run(one(Batch([call(n) for n in range(1, 1201)])))
-    assert outcomes == [b"{t}:k%d" % n for n in range(1, 1201)]
-    assert all(len(packet.commands) <= 500 for packet in world.packets if isinstance(packet, Packet))
-
-
-def test_in_a_cluster_a_flow_is_in_a_packet_once() -> None:
-    """Sent on to another node, a call could run behind those of its flow that were queued after it."""
+@pytest.mark.parametrize("cluster", [False, True])
+def test_a_flow_is_in_a_packet_once(*, cluster: bool) -> None:
+    """Refused for now, or sent on to another node, a call could run behind those that were queued after it."""
     first, second, third, other = call(1), call(1), call(1), call(2)
     world = World().then_for_ever(lambda packet: [command[3] for command in packet.commands])
-    outcomes = world.run(one(Batch([first, second, other, third])), cluster=True)
+    outcomes = world.run(one(Batch([first, second, other, third])), cluster=cluster)
     assert outcomes == [b"{t}:k1", b"{t}:k1", b"{t}:k2", b"{t}:k1"]
     assert [keys_of(world, n) for n in range(3)] == [[b"{t}:k1", b"{t}:k2"], [b"{t}:k1"], [b"{t}:k1"]]
 
@@ -354,11 +721,12 @@ MOVED, ASK = Refusal("MOVED", "MOVED 7 other:1"), Refusal("ASK", "ASK 7 other:1"
 
 @pytest.mark.parametrize("redirect", [MOVED, ASK])
 def test_a_redirect_is_followed_at_once(redirect: Refusal) -> None:
-    """Nothing was executed: no pause, no span; the wire is told where to."""
+    """Nothing was executed: no pause, nothing to settle; the wire is told where to."""
     world = World([redirect], [b"reply"])
     assert world.run(one(call()), cluster=True) == b"reply"
     assert world.pauses == []
-    assert spans(world) == [None, None]
+    assert attempts(world) == [b"", b""]
+    assert world.settlements == []
     assert world.packets[1].again.redirects == [redirect]
 
 
@@ -377,11 +745,19 @@ def test_who_is_sent_in_circles_pauses() -> None:
     assert 0 < len(world.pauses) < 20
 
 
-def test_a_redirect_of_a_loss_keeps_the_span() -> None:
-    """The first attempt may have run before the slot moved."""
+def test_a_redirect_of_a_loss_keeps_the_fence() -> None:
+    """The first attempt was settled before the slot moved."""
     world = World(SENT, [MOVED], [b"reply"])
     world.run(one(call()), cluster=True)
-    assert None not in spans(world)[1:]
+    assert attempts(world) == [b"", FIRST, FIRST]
+    assert len(world.settlements) == 1
+
+
+def test_a_settlement_is_redirected_too() -> None:
+    """To the node that the slot has moved to."""
+    world = World(SENT, [b"reply"], verdicts=[[MOVED]])
+    assert world.run(one(call()), cluster=True) == b"reply"
+    assert [settlement.again and settlement.again.redirects for settlement in world.settlements] == [None, [MOVED]]
 
 
 def test_a_lone_server_that_sends_elsewhere_is_a_node_of_a_cluster() -> None:
@@ -401,21 +777,21 @@ def test_reads_and_blocks_are_redirected_too() -> None:
 
 
 def test_the_loss_of_one_node_leaves_the_others_answers() -> None:
-    """A packet to several nodes: what was lost is sent again, with its span, and nothing else."""
+    """A packet to several nodes: what was lost is settled and sent again, and nothing else."""
     world = World([b"a", SENT, b"c"], [b"b"])
     assert world.run(one(Batch([call(n) for n in (1, 2, 3)])), cluster=True) == [b"a", b"b", b"c"]
     assert keys_of(world, 1) == [b"{t}:k2"]
-    assert world.commands(1)[0][5]
+    assert attempts(world)[1:] == [FIRST]
+    assert [command[3] for command in world.settlements[0].commands] == [b"{t}:k2"]
 
 
-def test_a_lost_connection_is_closed_before_each_resend() -> None:
-    """By its server's name for it; what is lost later is added."""
-    first = Lost("no reply", sent=True, client=("a:1", 5))
-    second = Lost("no reply", sent=True, client=("b:2", 5))
+def test_servers_that_did_not_answer_are_named_to_the_wire() -> None:
+    """Those of a call, from the first resend on; what is silent later is added."""
+    first = Lost("no reply", sent=True, server="a:1")
+    second = Lost("no reply", sent=True, server="b:2")
     world = World(first, second, refuse("BUSY"), [b"reply"])
     world.run(one(call()))
-    lost = [packet.again.lost for packet in world.packets[1:]]
-    assert lost[-1] == {("a:1", 5), ("b:2", 5)}
+    assert [set(packet.again.silent) for packet in world.packets[2:]] == [{"a:1", "b:2"}] * 2
     assert world.packets[0].again is None
 
 
@@ -429,6 +805,7 @@ def test_a_change_names_what_it_waits_for() -> None:
     world = World(SENT, [b"reply"])
     world.run(one(call()), confirm=CONFIRM)
     assert [packet.confirm for packet in world.packets] == [Confirm(2, 1.0, [b"{t}:k0"])] * 2
+    assert [packet.confirm for packet in world.settlements] == [None]
     world = World([b"v"])
     world.run(one(read(b"k")), confirm=CONFIRM)
     assert world.packets[0].confirm is None
@@ -438,7 +815,7 @@ def test_a_shortfall_is_raised_when_the_operation_has_its_result() -> None:
     """Applied: the operation goes on as if nothing were; in the end NotDurable says how many."""
     with pytest.raises(NotDurable) as short:
         World([Unconfirmed(b"reply", 2, 1)]).run(one(call()), confirm=CONFIRM)
-    assert (short.value.wanted, short.value.reached) == (2, 1)
+    assert (short.value.op_id, short.value.wanted, short.value.reached) == (OP, 2, 1)
 
 
 def test_a_batch_has_its_shortfalls_as_outcomes() -> None:
@@ -515,7 +892,7 @@ def test_an_error_is_raised_inside_the_operation_which_may_go_on() -> None:
 
     world = World(refuse("ERR"), [b"second"])
     assert world.run(operation()) == b"second"
-    assert spans(world) == [None, None]
+    assert attempts(world) == [b"", b""]
 
 
 def test_each_yield_has_a_deadline_of_its_own() -> None:

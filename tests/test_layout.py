@@ -93,7 +93,11 @@ def test_the_header_has_the_names_the_script_uses(path: Path) -> None:
         assert bound
         assert {n: names.get(n) for n in bound} == bound
     assert sorted(args) == list(range(1, len(args) + 1))
-    assert (args[1], args[2]) == (("owner", "name") if path.stem == "read_own" else ("op", "conditions"))
+    assert (args[1], args[2]) == FIRST_ARGUMENTS.get(path.stem, ("op", "conditions"))
+
+
+# Of the scripts that carry out no operation.
+FIRST_ARGUMENTS = {"read_own": ("owner", "name"), "settle": ("owner", "carried"), "reconcile": ("flow_id", "wait")}
 
 
 def bindings(code: str, kind: str) -> Iterator[tuple[int, str]]:
@@ -151,6 +155,7 @@ def keys_of(partition: Partition, owner: str) -> list[bytes]:
         partition.flow(flow_id),
         partition.events(flow_id),
         partition.steps(flow_id),
+        partition.seen(flow_id),
         partition.owner(owner.encode()),
         *(partition.status(status) for status in FlowStatus),
         partition.due,
@@ -196,6 +201,7 @@ def test_a_key_can_be_taken_apart(owner: str) -> None:
         (home, home.flow(member), "flow", member),
         (home, home.events(member), "events", member),
         (home, home.steps(member), "steps", member),
+        (home, home.seen(member), "seen", member),
         (home, home.owner(owner.encode()), "owner", owner.encode()),
         *((home, home.status(status), "status", status.encode()) for status in FlowStatus),
         (home, home.due, "due", b""),
@@ -203,7 +209,7 @@ def test_a_key_can_be_taken_apart(owner: str) -> None:
         (home, home.scratch, "scratch", b""),
     ]
     for other in set(keyspace.partitions) - {home}:
-        assert [keyspace.parse(key) is None for key in keys_of(other, owner)] == [True] * 3 + [False] * 10
+        assert [keyspace.parse(key) is None for key in keys_of(other, owner)] == [True] * 4 + [False] * 10
 
 
 @pytest.mark.parametrize(

@@ -51,7 +51,7 @@ class Machine(SideBySide):
         flow_id = IDS[slot]
         identity = {"controller_id": "c", "goal": "g", "owner_session_key": owner, "requester_origin": "r"}
         method = self.flows.create_mirrored if mirrored else self.flows.create_managed
-        op_id = uuid4().hex if op else None
+        op_id = self.op_id(slot, op)
         self.both(
             flow_id,
             lambda: method(**identity, state=state, flow_id=flow_id, exist_ok=exist_ok, op_id=op_id),
@@ -59,6 +59,7 @@ class Machine(SideBySide):
                 flow_id, identity, copy.deepcopy(state), mirrored=mirrored, exist_ok=exist_ok, op=op_id
             ),
             op,
+            outlives=True,
         )
 
     @rule(
@@ -226,7 +227,7 @@ class Machine(SideBySide):
         if not self.copies[flow_id]:
             return
         held = self.copies[flow_id][which % len(self.copies[flow_id])]
-        op_id = uuid4().hex if op else None
+        op_id = self.op_id(slot, op)
 
         def evolved(flow: Flow) -> Flow:
             new: dict[str, Any] = {"current_step": step}
@@ -331,19 +332,24 @@ class Machine(SideBySide):
     def replay(self) -> None:
         """Send the latest call with an op id of the caller's once more."""
         if self.replayable:
-            real, modelled, flow_id = self.replayable[-1]
-            self.both(flow_id, real, modelled)
+            latest = self.replayable[-1]
+            self.both(latest.flow_id, latest.real, latest.modelled)
 
-    @rule(slot=slots, form=forms, expect=expectations)
-    def delete(self, *, slot: int, form: str, expect: str | None) -> None:
+    @rule(slot=slots, form=forms, expect=expectations, op=ops)
+    def delete(self, *, slot: int, form: str, expect: str | None, op: str | None) -> None:
         ref, held = self.reference(slot, form)
-        options, guards = self.guards(slot, expect, held, None)
-        del guards["op"], options["op_id"]
+        options, guards = self.guards(slot, expect, held, op)
         existed = IDS[slot] in self.model.flows
-        self.both(IDS[slot], lambda: self.flows.delete(ref, **options), lambda: self.model.delete(IDS[slot], **guards))
+        self.both(
+            IDS[slot],
+            lambda: self.flows.delete(ref, **options),
+            lambda: self.model.delete(IDS[slot], **guards),
+            op,
+            outlives=op != "drawn",  # then nobody knows which it was meant for, this flow or the one after it
+        )
         if existed and IDS[slot] not in self.model.flows:
-            # Nothing is left that could tell a replay from a new call.
-            self.replayable = [entry for entry in self.replayable if entry[2] != IDS[slot]]
+            # A tombstone tells of creations and deletions. What else is called again is applied to the next flow.
+            self.replayable = [entry for entry in self.replayable if entry.flow_id != IDS[slot] or entry.outlives]
             for key in [key for key in self.step_ids if key[0] == IDS[slot]]:
                 del self.step_ids[key]
 

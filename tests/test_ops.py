@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import Any
 from uuid import UUID
 
@@ -31,6 +32,7 @@ from redisflow import (
 )
 from redisflow.calls import Call, Read
 from redisflow.ops.follow import Watch
+from redisflow.ops.namespace import is_drawn, op_id_of
 from redisflow.ops.upkeep import read_info
 
 FLOW_ID = UUID(int=5)
@@ -63,6 +65,18 @@ def ops() -> Any:
     manager = Ops.from_url("redis://nowhere", prefix="p", partitions=4)
     manager.namespace.connected(4)
     return manager
+
+
+class Bringing:
+    """Operations whose changes all bring the same operation id."""
+
+    def __init__(self, ops: Any, op_id: Any) -> None:
+        self._ops = ops
+        self._op_id = op_id
+
+    def __getattr__(self, name: str) -> Any:
+        attribute = getattr(self._ops, name)
+        return partial(attribute, op_id=self._op_id) if name in CHANGES else attribute
 
 
 def flat(**changes: bytes) -> list[bytes]:
@@ -117,9 +131,9 @@ def test_a_change_is_one_call_whose_keys_share_a_slot(ops: Any, name: str) -> No
     assert str(FLOW_ID) in call.subject
 
 
-def argv(call: Call, span_ms: int | None = None) -> tuple[bytes, ...]:
-    """The ARGV of a first attempt, or of a resend."""
-    return call.command(call.script.source, span_ms)[3 + len(call.keys) :]
+def argv(call: Call, attempt: bytes = b"") -> tuple[bytes, ...]:
+    """The ARGV of an attempt that knows a fence, or knows that an earlier one was applied."""
+    return call.command(call.script.source, attempt)[3 + len(call.keys) :]
 
 
 @pytest.mark.parametrize("name", CHANGES)
@@ -132,17 +146,32 @@ def test_every_call_has_an_operation_id_of_its_own(ops: Any, name: str) -> None:
         assert op == call.op_id.encode()
         assert len(bytes.fromhex(call.op_id)) == 16
         assert conditions.partition(b"|")[0] == b""
-        op_again, conditions, *rest_again = argv(call, 1234)
-        assert conditions.startswith(b"1234|")
-        assert (op_again, rest_again) == (op, rest)
+        assert is_drawn(call.op_id)
+        assert not call.brought
+        assert not call.doubtful
+        for attempt in (b"1-1234-0", b"=1234-0"):
+            op_again, conditions, *rest_again = argv(call, attempt)
+            assert conditions.startswith(attempt + b"|")
+            assert (op_again, rest_again) == (op, rest)
 
 
 @pytest.mark.parametrize("op_id", ["ab" * 16, UUID("ab" * 16), b"\xab" * 16, "AB" * 16])
-def test_an_operation_id_that_is_brought_is_looked_for_at_once(ops: Any, op_id: Any) -> None:
-    """In any of its forms; the first attempt already looks."""
-    call = next(ops.start_running(FLOW_ID, op_id=op_id))
+@pytest.mark.parametrize("name", [name for name in CHANGES if not name.startswith("create")])
+def test_an_operation_id_that_is_brought_is_looked_for_at_once(ops: Any, name: str, op_id: Any) -> None:
+    """In any of its forms; the first attempt already has the key of the flow's index of such ids, and looks there."""
+    call, plain = (next(CHANGES[name](Bringing(ops, brought))) for brought in (op_id, None))
     assert call.op_id == "ab" * 16
-    assert argv(call)[1].partition(b"|")[0] != b""
+    assert (call.brought, call.doubtful) == (True, False)
+    member = str(FLOW_ID).encode()
+    assert [*call.keys] == [*plain.keys, ops.namespace.keyspace.partition_of(FLOW_ID).seen(member)]
+    assert len(argv(call)) == len(argv(plain))
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_an_operation_id_of_the_librarys_is_settled_first(ops: Any, name: str) -> None:
+    """One that a caller brings back, from an `OutcomeUnknown`: a first attempt may be on its way."""
+    call = next(CHANGES[name](Bringing(ops, op_id_of(None))))
+    assert (call.brought, call.doubtful, call.in_trail) == (True, True, True)
 
 
 REFUSALS: list[tuple[list[bytes], type[FlowError], dict[str, Any]]] = [
@@ -175,7 +204,24 @@ def test_a_taken_id_is_refused_by_its_creation(ops: Any) -> None:
     op = ops.create_managed(**IDENTITY, flow_id=FLOW_ID)
     next(op)
     with pytest.raises(FlowExists):
-        op.send([b"EXISTS"])
+        op.send([b"EXISTS", 1])
+
+
+@pytest.mark.parametrize("is_whole", [0, 1])
+def test_who_created_a_flow_is_known_while_its_trail_is_whole(ops: Any, is_whole: int) -> None:
+    """A creation that is called again is refused then; of a trimmed trail nobody knows."""
+    op = ops.create_managed(**IDENTITY, flow_id=FLOW_ID, op_id="ab" * 16)
+    next(op)
+    with pytest.raises(FlowExists if is_whole else OutcomeUnknown):
+        op.send([b"EXISTS", is_whole])
+
+
+def test_a_creation_of_a_deleted_flow_finds_none(ops: Any) -> None:
+    """`FlowNotFound`: what this operation created is gone."""
+    op = ops.create_managed(**IDENTITY, flow_id=FLOW_ID, op_id="ab" * 16)
+    next(op)
+    with pytest.raises(FlowNotFound):
+        op.send([b"DELETED"])
 
 
 @pytest.mark.parametrize("name", CHANGES)
@@ -272,9 +318,9 @@ def test_delete_follows_an_id_to_its_new_owner(ops: Any) -> None:
     """Created anew for another owner since the read: read again, with that owner's keys."""
     op = ops.delete(FLOW_ID)
     next(op)
-    first = op.send([[b"kate", b"1"]])
+    first = op.send([[b"kate", b"1", b"e" * 32 + b" 1-0-0"]])
     assert isinstance(op.send([b"MOVED"]), Read)
-    second = op.send([[b"joe", b"2"]])
+    second = op.send([[b"joe", b"2", b"f" * 32]])
     assert any(key.endswith(b":owner:kate") for key in first.keys)
     assert any(key.endswith(b":owner:joe") for key in second.keys)
     with pytest.raises(StopIteration) as stop:
@@ -282,9 +328,17 @@ def test_delete_follows_an_id_to_its_new_owner(ops: Any) -> None:
     assert stop.value.value is True
 
 
-def test_delete_of_nothing_sends_no_script(ops: Any) -> None:
-    """The read says that there is none."""
-    assert outcome(ops.delete(FLOW_ID), [[None, None]]) is False
+def test_delete_of_nothing_asks_the_script(ops: Any) -> None:
+    """The read says that there is none; a tombstone may say that this very deletion was made."""
+    for reply, deleted in (([b"ABSENT"], False), ([b"OK"], True)):
+        op = ops.delete(FLOW_ID, op_id="ab" * 16)
+        assert isinstance(next(op), Read)
+        call = op.send([[None, None, None]])
+        assert isinstance(call, Call)
+        assert call.in_trail is False
+        with pytest.raises(StopIteration) as stop:
+            op.send(reply)
+        assert stop.value.value is deleted
 
 
 # --- bad input

@@ -98,7 +98,7 @@ def test_each_primary_has_a_slot_to_be_addressed_by() -> None:
 
 def test_who_did_not_answer_lately_is_asked_last() -> None:
     """Every node, then the seeds, but for those."""
-    asked = topology().informants(Again({("10.0.0.2:7000", 17)}, [None]))
+    asked = topology().informants(Again({"10.0.0.2:7000"}, [None]))
     assert sorted(asked) == sorted([A, B, C, SEED])
     assert asked[-1] == B
     assert topology().informants(None)[-1] == SEED

@@ -6,7 +6,7 @@ from collections.abc import Generator, Iterable, Sequence
 from typing import Any, Generic
 
 from redisflow.calls import Batch, Call, Op, T, Unconfirmed
-from redisflow.errors import FlowError, InvalidData
+from redisflow.errors import FlowError, FlowFailure, InvalidData, PartialFailure
 from redisflow.flow import Flow, NewFlow
 from redisflow.ops.changes import OTHER_KEYS
 from redisflow.ops.creation import create
@@ -49,12 +49,13 @@ class Queued(Generic[T]):
         """Go on with what the call came to."""
         if isinstance(outcome, Unconfirmed):
             self._short, outcome = outcome, outcome.reply
+        op_id = "" if self.call is None else self.call.op_id
         try:
             self.call = self._op.throw(outcome) if isinstance(outcome, FlowError) else self._op.send(outcome)
         except StopIteration as stop:
             self.call, self._value = None, stop.value
             if self._short is not None:
-                self._error = self._short.error(stop.value)
+                self._error = self._short.error(stop.value, op_id)
         except FlowError as error:
             self.call, self._error = None, error
 
@@ -80,11 +81,16 @@ def create_many(
         except InvalidData as error:
             raise InvalidData(f"inputs[{place}]: {error}; nothing was created") from None
     yield from carry_out(queued)
-    try:
-        return [one.result() for one in queued]
-    except FlowError as error:
-        error.add_note("create_many: every other input was tried all the same")
-        raise
+    created: list[Flow] = []
+    failed: list[FlowFailure] = []
+    for place, one in enumerate(queued):
+        try:
+            created.append(one.result())
+        except FlowError as error:
+            failed.append(FlowFailure(place, one.flow_id, error))
+    if failed:
+        raise PartialFailure(failed, done=created)
+    return created
 
 
 def _creating(namespace: Namespace, new: NewFlow, *, exist_ok: bool) -> Op[Flow]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import attrs
 
-from redisflow.calls import Call
+from redisflow.calls import NO_COPY, Call
 from redisflow.codec import (
     WHOLE_STATE,
     failure_stamp,
@@ -42,7 +42,7 @@ from redisflow.ops.namespace import (
     Namespace,
     Target,
     expectation,
-    look_of,
+    is_drawn,
     op_id_of,
     raise_refusal,
     target_of,
@@ -63,7 +63,7 @@ class Transition:
 
     Attributes:
         expected: what the flow must be, as by `expectation`.
-        op, look: the operation's id, and whether a first attempt must look for it.
+        op, brought: the operation's id, and whether the caller brought it.
         next_revision: one more than the revision of the caller's copy.
         reply: what the script answered.
     """
@@ -74,7 +74,7 @@ class Transition:
     payload: bytes
     expected: bytes
     op: str
-    look: bytes
+    brought: bool
     next_revision: bytes = b""
     reply: Any = None
 
@@ -96,7 +96,7 @@ class Transition:
             namespace.require_room("the event's payload", [payload])
             namespace.require_room("the change", change.fields.values())
         expected = b"" if expected_revision is None else expectation(target, expected_revision)
-        return cls(target, verb, change, payload, expected, op_id_of(op_id), look_of(op_id))
+        return cls(target, verb, change, payload, expected, op_id_of(op_id), op_id is not None)
 
     def run(self, namespace: Namespace) -> Generator[Call, Any, Flow]:
         """Call the script. Returns the flow after the change."""
@@ -111,10 +111,10 @@ class Transition:
         """The script call: with just the keys for the status of the caller's copy, or with all."""
         change, verb = self.change, self.verb
         flow_id, member, base = self.target
-        held_version, copy_status = b"", None
+        held_version, copy_status, held = b"", None, NO_COPY
         if base is not None:
             held = base.fields
-            held_version = base.version
+            held_version = base.held
             self.next_revision = b"%d" % (base.revision + 1)
             if narrow and held.get(b"cancel_requested", b"0") == b"0":
                 copy_status = held.get(b"status")
@@ -131,7 +131,7 @@ class Transition:
             args += flat({field: b"%d" % delta for field, delta in change.increments.items()})
         for pair in change.fields.items():
             args += pair
-        keys = script.keys(partition, member)
+        keys = script.keys(partition, member, brought=self.brought)
         narrow = copy_status is not None
         return Call(
             script.script,
@@ -140,10 +140,13 @@ class Transition:
             args,
             flow_id,
             self.op,
-            self.look,
             self.expected,
             narrow,
             namespace.owner,
+            held,
+            self.brought,
+            partition.seen(member) if self.brought else b"",
+            self.brought and is_drawn(self.op),
         )
 
     def read(self, reply: Any) -> Flow:

@@ -6,13 +6,12 @@ from collections.abc import Generator
 from typing import Any
 from uuid import UUID
 
-from redisflow import scripts
 from redisflow.calls import Call
 from redisflow.codec import (
     StoredFlow,
     pack,
 )
-from redisflow.errors import InvalidData, shown
+from redisflow.errors import FlowExists, InvalidData, OutcomeUnknown, shown
 from redisflow.flow import (
     START_RUNNING,
     Flow,
@@ -23,7 +22,7 @@ from redisflow.ops.namespace import (
     Namespace,
     Target,
     flow_id_of,
-    look_of,
+    is_drawn,
     op_id_of,
     partition_of,
     raise_refusal,
@@ -70,7 +69,7 @@ def create(
 
     partition = partition_of(namespace, target)
     reply = yield Call(
-        scripts.CREATE,
+        namespace.appending.create,
         partition.slot,
         (
             partition.flow(target.member),
@@ -78,10 +77,12 @@ def create(
             partition.owner(owner),
             partition.status(status),
             partition.scratch,
+            *(() if op_id is None else (partition.seen(target.member),)),
         ),
         (
             target.member,
-            owner if exist_ok else b"",
+            # An id that comes from the operation's is that of no other creation.
+            owner if exist_ok or flow_id is None else b"",
             status.value.encode(),
             b"%d" % (len(events) // 2),
             *events,
@@ -89,8 +90,10 @@ def create(
         ),
         target.flow_id,
         op,
-        look_of(op_id),
         owner=namespace.owner,
+        brought=op_id is not None,
+        doubtful=op_id is not None and is_drawn(op),
+        if_deleted=None,
     )
     match reply:
         case bytes() as created_at:
@@ -100,6 +103,10 @@ def create(
             return Flow.from_stored(StoredFlow(target.flow_id, target.member, fields))
         case [b"FLOW", stored]:
             return found(target, stored)
+        case [b"EXISTS", is_whole]:
+            if op_id is None or is_whole:
+                raise FlowExists(target.flow_id)
+            raise OutcomeUnknown(op, f"flow {target.flow_id}: it exists, and its trail does not tell who created it")
     raise_refusal(reply, target.flow_id, op)
 
 

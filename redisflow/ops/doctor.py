@@ -16,14 +16,14 @@ from uuid import UUID
 import attrs
 
 from redisflow import scripts
-from redisflow.calls import Batch, Call, Command, Primaries, Read, Reply, command
+from redisflow.calls import Command, Primaries, Read, Reply, command
 from redisflow.diagnosis import Diagnosis, KeyUsage, Severity
 from redisflow.errors import FlowError, InvalidData, StorageError
 from redisflow.flow import Flow, FlowStatus
 from redisflow.keys import Key, Partition
 from redisflow.ops.findings import Findings, readable
 from redisflow.ops.kept import Entry, Kept, Seen
-from redisflow.ops.namespace import Namespace, op_id_of, span_us
+from redisflow.ops.namespace import Namespace, span_us
 from redisflow.ops.server_checks import examine_server
 from redisflow.waits import from_us, to_rfc3339, to_us
 
@@ -34,8 +34,9 @@ FLOWS_PAGE = 100  # whole flows in memory at a time
 INDEXES_PAGE, ENTRIES_COUNT = 50, 100  # index sets read at a time, and entries of each
 MEASURED = 2_000  # keys of a kind whose memory is asked for
 STUCK_US = 60_000_000
+_RECORDS = {"events": b"stream", "steps": b"hash", "seen": b"zset"}
 _TYPES = {
-    "flow": b"hash", "events": b"stream", "steps": b"hash",
+    "flow": b"hash", **_RECORDS,
     "owner": b"zset", "status": b"zset", "due": b"zset", "waiters": b"zset",
 }  # fmt: skip
 
@@ -142,8 +143,8 @@ class _Examination:
                 keys.append(key)
         keys = yield from self._measured(keys)
         yield from self._examine_flows([key for key in keys if key.kind == "flow"])
-        yield from self._examine_records([key for key in keys if key.kind in {"events", "steps"}])
-        yield from self._examine_indexes([key for key in keys if _TYPES.get(key.kind) == b"zset"])
+        yield from self._examine_records([key for key in keys if key.kind in _RECORDS])
+        yield from self._examine_indexes([key for key in keys if key.kind in {"owner", "status", "due", "waiters"}])
         yield from self._examine_scratch([key for key in keys if key.kind == "scratch"])
 
     def _measured(self, keys: Sequence[Key]) -> Generator[Read, Any, list[Key]]:
@@ -229,7 +230,8 @@ class _Examination:
 
     def _examine_records(self, keys: Sequence[Key]) -> Generator[Any, Any, None]:
         """Look for trails and steps of flows that do not exist. A flow and its trail are created by one script."""
-        there = yield Read([command(key.partition, b"EXISTS", key.partition.flow(key.name)) for key in keys])
+        flows = [(key.partition, key.partition.flow(key.name)) for key in keys]
+        there = yield Read([command(partition, b"HEXISTS", flow, b"status") for partition, flow in flows])
         yield from self._reconcile(
             [
                 (Seen(key.partition, key.name), [Kept(key.text, key.kind)])
@@ -292,11 +294,13 @@ class _Examination:
         for key in keys:
             self.findings.of_kind("orphan-key", "left over from a creation", key=key.text, mended=self._repair)
 
-    def _reconcile(self, cases: Sequence[tuple[Seen, Sequence[Kept]]]) -> Generator[Batch, Any, None]:
+    def _reconcile(self, cases: Sequence[tuple[Seen, Sequence[Kept]]]) -> Generator[Read, Any, None]:
         """Have the script decide, and mend if asked to."""
         if not self._may_reconcile:
             return
-        outcomes: Sequence[Reply | FlowError] = yield Batch([self._call(seen, beside) for seen, beside in cases])
+        outcomes: Sequence[Reply | FlowError] = yield Read(
+            [self._command(seen, beside) for seen, beside in cases], tolerant=True
+        )
         for (seen, beside), outcome in zip(cases, outcomes, strict=True):
             if isinstance(outcome, InvalidData):  # a key of the wrong type, which is a finding of its own
                 continue
@@ -305,20 +309,12 @@ class _Examination:
             for number, found, right in outcome:
                 self._note_drift(seen, beside[number - 1], found, right)
 
-    def _call(self, seen: Seen, beside: Sequence[Kept]) -> Call:
-        return Call(
-            scripts.MEND if self._repair else scripts.LOOK,
-            seen.partition.slot,
-            (seen.partition.flow(seen.member), *(kept.key for kept in beside)),
-            (
-                seen.member,
-                seen.wait,
-                seen.due_at,
-                *(part for kept in beside for part in (kept.kind.encode(), kept.name)),
-            ),
-            UUID(seen.member.decode()),
-            op_id_of(None),
-        )
+    def _command(self, seen: Seen, beside: Sequence[Kept]) -> Command:
+        script = scripts.MEND if self._repair else scripts.LOOK
+        keys = (seen.partition.flow(seen.member), *(kept.key for kept in beside))
+        parts = (part for kept in beside for part in (kept.kind.encode(), kept.name))
+        run = (b"EVALSHA", script.source.sha, b"%d" % len(keys), *keys, seen.member, seen.wait, seen.due_at, *parts)
+        return Command(seen.partition.slot, run, script, about=b"flow %b" % seen.member)
 
     def _note_drift(self, seen: Seen, kept: Kept, found: bytes, right: bytes) -> None:
         exists = seen.flow is not None
@@ -326,7 +322,7 @@ class _Examination:
         match kept.kind, found, right:
             case "events", b"", _:
                 kind, what, mended = "missing-trail", "it has no events", False
-            case "events" | "steps", _, _:
+            case "events" | "steps" | "seen", _, _:
                 kind, what = "orphan-key", f"{kept.kind} of a flow that does not exist"
             case _, b"", _:
                 kind, what = "missing-entry", f"not in {kept.label}"

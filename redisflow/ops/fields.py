@@ -8,6 +8,7 @@ from typing import Any
 import attrs
 
 from redisflow.codec import (
+    OP_DIGITS,
     STATE_PREFIX,
     WHOLE_STATE,
     StoredFlow,
@@ -73,7 +74,8 @@ class Change:
         old = base.fields
         if self.merge == b"replace":
             old = {field: value for field, value in old.items() if not is_state(field)}
-        fields = {**old, **self.fields, b"revision": revision, b"etag": op.encode(), b"updated_at": updated_at}
+        etag = op.encode() + old[b"etag"][OP_DIGITS:]  # with the fence, if there is one
+        fields = {**old, **self.fields, b"revision": revision, b"etag": etag, b"updated_at": updated_at}
         if target is not None:
             fields[b"status"] = target.value.encode()
             if old[b"status"] == b"waiting":

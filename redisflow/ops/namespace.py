@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime, timedelta
 from typing import Any, NamedTuple, NoReturn
@@ -12,13 +12,12 @@ from uuid import UUID
 
 import attrs
 
-from redisflow.calls import Command
+from redisflow.calls import NO_COPY, Command
 from redisflow.codec import INT64_MAX, INT64_MIN, StoredFlow
 from redisflow.errors import (
     AlreadyTerminal,
     CancelPending,
     FlowError,
-    FlowExists,
     FlowNotFound,
     IllegalTransition,
     InvalidData,
@@ -98,6 +97,11 @@ class Target(NamedTuple):
     member: bytes
     base: StoredFlow | None = None
 
+    @property
+    def copy(self) -> Mapping[bytes, bytes]:
+        """The hash fields of the caller's copy; empty without one."""
+        return NO_COPY if self.base is None else self.base.fields
+
     @classmethod
     def at(cls, flow_id: UUID) -> Target:
         """The flow of an id, of which the caller holds nothing."""
@@ -163,14 +167,27 @@ def op_id_of(op_id: object) -> str:
     raise InvalidData(f"op_id must be 32 hexadecimal digits, a UUID or 16 bytes, not {shown(op_id)}")
 
 
+# Ids that the library draws bear this mark, where no UUID of a known version has it. They are in no index: one that a
+# caller brings back, to settle an OutcomeUnknown, has to be looked for in the trail.
+_DRAWN, _DRAWN_AT = "f10f", 12
+
+
+def is_drawn(op_id: str) -> bool:
+    """Tell whether the library drew an id. One in 65,536 random ids looks like it: that costs a search, no more."""
+    return op_id.startswith(_DRAWN, _DRAWN_AT)
+
+
 _unused_op_ids: list[str] = []
 os.register_at_fork(after_in_child=_unused_op_ids.clear)  # or parent and child would use the same
 
 
 def _more_op_ids() -> str:
     """Ask the system for random bytes, many at a time. Returns one id, keeps the others."""
-    digits = os.urandom(16 * _OP_IDS_AT_ONCE).hex()
-    first, *others = (digits[start : start + 32] for start in range(0, len(digits), 32))
+    digits = os.urandom(14 * _OP_IDS_AT_ONCE).hex()
+    first, *others = (
+        digits[start : start + _DRAWN_AT] + _DRAWN + digits[start + _DRAWN_AT : start + 28]
+        for start in range(0, len(digits), 28)
+    )
     _unused_op_ids.extend(others)
     return first
 
@@ -225,11 +242,6 @@ def status_of(status: object) -> FlowStatus:
     raise InvalidData(f"not a flow status: {shown(status)}; one of {', '.join(FlowStatus)}")
 
 
-def look_of(op_id: object) -> bytes:
-    """Whether a first attempt must look for its op: only where the caller brought it."""
-    return b"" if op_id is None else b"deep"
-
-
 def expectation(target: Target, revision: object) -> bytes:
     """What the stored flow must be, as the scripts compare it; empty for anything.
 
@@ -261,8 +273,8 @@ def raise_refusal(
     fact = facts[0].decode(errors="replace") if facts else ""
     errors: dict[bytes, Callable[[], FlowError]] = {
         b"ABSENT": lambda: FlowNotFound(flow_id),
-        b"EXISTS": lambda: FlowExists(flow_id),
-        b"UNKNOWN": lambda: OutcomeUnknown(op_id, f"flow {flow_id}: its trail ends after the first attempt"),
+        b"DELETED": lambda: FlowNotFound(flow_id),
+        b"UNKNOWN": lambda: OutcomeUnknown(op_id, f"flow {flow_id}: its event has been trimmed"),
         b"STALE": lambda: RevisionMismatch(flow_id, int(expected.partition(b" ")[0]), int(fact)),
         b"TERMINAL": lambda: AlreadyTerminal(flow_id, FlowStatus(fact)),
         b"PENDING": lambda: CancelPending(flow_id),
@@ -280,6 +292,12 @@ def raise_refusal(
 def partition_of(namespace: Namespace, target: Target) -> Partition:
     """The partition of a flow."""
     return namespace.keyspace.partition_of(target.flow_id)
+
+
+def keys_of(partition: Partition, target: Target, op_id: object, *others: bytes) -> tuple[bytes, ...]:
+    """Return the KEYS of a script that adds to a flow's record. `op_id` is the one that the caller brought, if any."""
+    seen = () if op_id is None else (partition.seen(target.member),)
+    return (partition.flow(target.member), partition.events(target.member), *others, *seen)
 
 
 def if_own(namespace: Namespace, target: Target, plain: Command) -> Command:

@@ -17,8 +17,9 @@ from redisflow.ops.namespace import (
     expectation,
     flow_id_of,
     if_own,
+    is_drawn,
+    keys_of,
     limit_of,
-    look_of,
     op_id_of,
     partition_of,
     raise_refusal,
@@ -52,13 +53,16 @@ def append_event(
     reply = yield Call(
         namespace.appending.append_event,
         partition.slot,
-        (partition.flow(target.member), partition.events(target.member)),
+        keys_of(partition, target, op_id),
         (kind_bytes, packed),
         target.flow_id,
         op,
-        look_of(op_id),
         expected,
         owner=namespace.owner,
+        copy=target.copy,
+        brought=op_id is not None,
+        seen=b"" if op_id is None else partition.seen(target.member),
+        doubtful=op_id is not None and is_drawn(op),
     )
     if reply[0] != b"OK":
         raise_refusal(reply, target.flow_id, op, expected=expected)
@@ -161,11 +165,7 @@ def record_step_observation(
     reply = yield Call(
         namespace.appending.observe_step,
         partition.slot,
-        (
-            partition.flow(target.member),
-            partition.events(target.member),
-            partition.steps(target.member),
-        ),
+        keys_of(partition, target, op_id, partition.steps(target.member)),
         (
             run_id,
             step_head(uuid4()),
@@ -176,9 +176,12 @@ def record_step_observation(
         ),
         target.flow_id,
         op,
-        look_of(op_id),
         expected,
         owner=namespace.owner,
+        copy=target.copy,
+        brought=op_id is not None,
+        seen=b"" if op_id is None else partition.seen(target.member),
+        doubtful=op_id is not None and is_drawn(op),
     )
     if reply[0] != b"OK":
         raise_refusal(reply, target.flow_id, op, expected=expected)

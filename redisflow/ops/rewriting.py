@@ -9,6 +9,7 @@ import attrs
 
 from redisflow.calls import Call
 from redisflow.codec import (
+    OP_DIGITS,
     WHOLE_STATE,
     StoredFlow,
     event_time,
@@ -34,7 +35,6 @@ from redisflow.ops.namespace import (
     Namespace,
     Target,
     flow_id_of,
-    look_of,
     op_id_of,
     status_of,
     target_of,
@@ -76,7 +76,7 @@ def update_and_append(
         payload=packed,
         expected=expected,
         op=op_id_of(op_id),
-        look=look_of(op_id),
+        brought=op_id is not None,
     )
     updated = yield from transition.run(namespace)
     reply = transition.reply
@@ -104,7 +104,7 @@ def _version(flow: Flow, target: Target) -> bytes:
 
 def _is_of(base: StoredFlow, flow: Flow) -> bool:
     """Whether a flow that the caller may have altered is still of the version it was read as."""
-    return base.fields.get(b"etag") == flow.etag.encode() and base.revision == flow.revision
+    return base.fields.get(b"etag", b"")[:OP_DIGITS] == flow.etag.encode() and base.revision == flow.revision
 
 
 def _rewriting(flow: Flow, target: Target) -> Change:

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
 from redisflow import scripts
-from redisflow.calls import Batch, Call, Command, Primaries, Read, Reply, command
-from redisflow.errors import FlowError, InvalidData, LayoutMismatch, StorageError
+from redisflow.calls import NO_COPY, Batch, Call, Command, Primaries, Read, Reply, command
+from redisflow.errors import (
+    FlowError,
+    FlowFailure,
+    InvalidData,
+    LayoutMismatch,
+    PartialFailure,
+    StorageError,
+)
 from redisflow.flow import TERMINAL, FlowRef, FlowStatus
 from redisflow.keys import DEFAULT_PARTITIONS, LAYOUT_VERSION, MAX_PARTITIONS, Partition, meta_key, slot_of
 from redisflow.ops.namespace import (
@@ -17,6 +24,7 @@ from redisflow.ops.namespace import (
     Target,
     expectation,
     if_own,
+    is_drawn,
     log,
     op_id_of,
     partition_of,
@@ -59,7 +67,10 @@ def connect(
     slot = slot_of(meta_key(namespace.prefix))
     fields = command(slot, b"HMGET", meta, b"layout", b"partitions")
     ((layout, partitions),) = yield Read([fields])
-    if layout is None and partitions is None:
+    if partitions is not None:
+        _require_partitions(namespace, _number(namespace, partitions))
+    if layout is None:
+        # Perhaps there is half a namespace, of a creator that was cut short: it is completed.
         wanted = DEFAULT_PARTITIONS if namespace.partitions is None else namespace.partitions
         # Whoever sets a field first decides it: two creators of one namespace end with the same settings.
         _, _, (layout, partitions) = yield Read(
@@ -72,13 +83,17 @@ def connect(
     found_layout, found_partitions = _number(namespace, layout), _number(namespace, partitions)
     if found_layout != LAYOUT_VERSION:
         raise LayoutMismatch(namespace.prefix, "layout version", LAYOUT_VERSION, found_layout)
-    if namespace.partitions not in {None, found_partitions}:
-        raise LayoutMismatch(namespace.prefix, "partition count", namespace.partitions or 0, found_partitions)
+    _require_partitions(namespace, found_partitions)
     namespace.connected(found_partitions)
     if real_server:
         yield from _check_permissions(namespace.keyspace.partitions[0], slot, meta, cluster=cluster)
         if confirms:
             yield from check_confirming(namespace)
+
+
+def _require_partitions(namespace: Namespace, found: int) -> None:
+    if namespace.partitions not in {None, found}:
+        raise LayoutMismatch(namespace.prefix, "partition count", namespace.partitions or 0, found)
 
 
 def _check_permissions(
@@ -97,6 +112,10 @@ def _check_permissions(
         [
             command(partition, b"COPY", events, steps, b"REPLACE"),
             command(partition, b"RENAME", steps, events),
+            command(partition, b"PEXPIRE", flow, 1),
+            command(partition, b"PERSIST", flow),
+            command(partition, b"PTTL", flow),
+            command(partition, b"XINFO", b"STREAM", events),
             *(command(partition, name, flow) for name in (b"EXISTS", b"HGETALL", b"HKEYS", b"HLEN")),
             command(partition, b"HMGET", flow, b"status"),
             command(partition, b"HGET", flow, b"status"),
@@ -117,6 +136,7 @@ def _check_permissions(
             command(partition, b"ZINTERCARD", 2, index, index),
             command(partition, b"ZRANGE", index, 0, 0),
             command(partition, b"ZREM", index, member),
+            command(partition, b"ZSCORE", index, member),
             *([command(partition, b"ASKING")] if cluster else []),  # holds for one command, and to no effect
             command(partition, b"EVAL", b"#!lua flags=no-writes,allow-oom\nreturn redis.call('TIME')", 1, flow),
         ],
@@ -210,10 +230,9 @@ def delete(
     op = op_id_of(op_id)
     expected = expectation(target, expected_revision)
     while True:
-        ((owner, created_at),) = yield Read([_owner_of(namespace, target)])
-        if owner is None or created_at is None:
-            return False
-        reply = yield _delete_call(namespace, target, owner, created_at, op, expected=expected)
+        (found,) = yield Read([_owner_of(namespace, target)])
+        # Even of a flow that is gone the script is asked: this deletion may have been made before.
+        reply = yield _delete_call(namespace, target, found, op, expected=expected, op_id=op_id)
         match reply:
             case [b"OK"]:
                 return True
@@ -235,45 +254,53 @@ def prune_terminal_flows(namespace: Namespace, older_than: timedelta) -> Generat
     for status in TERMINAL:
         listing = Listing.of_status(namespace, status, from_us(before_us), PRUNE_PAGE)
         while (targets := (yield from listing.next_targets())) is not None:
-            pruned += yield from _prune_page(namespace, targets, before_us)
+            count, failed = yield from _prune_page(namespace, targets, before_us)
+            pruned += count
+            if failed:
+                raise PartialFailure(failed, count=pruned)
     return pruned
 
 
-def _prune_page(namespace: Namespace, targets: list[Target], before_us: int) -> Generator[Any, Any, int]:
+def _prune_page(
+    namespace: Namespace, targets: list[Target], before_us: int
+) -> Generator[Any, Any, tuple[int, list[FlowFailure]]]:
+    """Delete a page of flows. Returns how many there were, and those that failed."""
     owners = yield Read([_owner_of(namespace, target) for target in targets], tolerant=True)
     calls = [
-        _delete_call(namespace, target, owner[0], owner[1], op_id_of(None), prune_before_us=before_us)
-        for target, owner in zip(targets, owners, strict=True)
-        if not isinstance(owner, FlowError) and None not in owner  # neither gone nor damaged
+        _delete_call(namespace, target, found, op_id_of(None), prune_before_us=before_us)
+        for target, found in zip(targets, owners, strict=True)
+        if not isinstance(found, FlowError) and None not in found[:2]  # neither gone nor damaged
     ]
     if not calls:
-        return 0
+        return 0, []
     outcomes = yield Batch(calls)
-    for outcome in outcomes:
+    failed: list[FlowFailure] = []
+    for place, (call, outcome) in enumerate(zip(calls, outcomes, strict=True)):
         if isinstance(outcome, InvalidData):
             log.warning("not pruned: %s", outcome)
         elif isinstance(outcome, FlowError):
-            raise outcome
-    return sum(outcome == [b"OK"] for outcome in outcomes)
+            failed.append(FlowFailure(place, call.flow_id, outcome))
+    return sum(outcome == [b"OK"] for outcome in outcomes), failed
 
 
 def _owner_of(namespace: Namespace, target: Target) -> Command:
     partition = partition_of(namespace, target)
-    fields = command(partition, b"HMGET", partition.flow(target.member), b"owner_session_key", b"created_at")
+    fields = command(partition, b"HMGET", partition.flow(target.member), b"owner_session_key", b"created_at", b"etag")
     return if_own(namespace, target, fields)
 
 
 def _delete_call(
     namespace: Namespace,
     target: Target,
-    owner: bytes,
-    created_at: bytes,
+    found: Sequence[bytes | None],
     op: str,
     *,
     expected: bytes = b"",
+    op_id: object = None,
     prune_before_us: int | None = None,
 ) -> Call:
     partition, member = partition_of(namespace, target), target.member
+    owner, created_at, etag = found
     pruning = (b"", b"") if prune_before_us is None else (barred(TERMINAL).encode(), b"%d" % prune_before_us)
     return Call(
         scripts.DELETE,
@@ -282,14 +309,22 @@ def _delete_call(
             partition.flow(member),
             partition.events(member),
             partition.steps(member),
-            partition.owner(owner),
+            partition.seen(member),
+            partition.owner(owner or b""),
             partition.due,
             partition.waiters,
             *(partition.status(status) for status in FlowStatus),
+            *(() if op_id is None else (partition.seen(member),)),
         ),
-        (member, created_at, *pruning),
+        (member, created_at or b"", *pruning),
         target.flow_id,
         op,
         expected=expected,
         owner=namespace.owner,
+        copy=NO_COPY if etag is None else {b"etag": etag},
+        brought=op_id is not None,
+        doubtful=op_id is not None and is_drawn(op),
+        seen=partition.seen(member),
+        in_trail=False,
+        if_deleted=None,
     )

@@ -10,21 +10,24 @@ from typing import Any
 
 import attrs
 
-from redisflow.calls import Batch, Read, Reply, command
+from redisflow.calls import Batch, Read, Reply, Unconfirmed, command
 from redisflow.codec import pack_plain, plain
 from redisflow.errors import (
     AlreadyTerminal,
     CancelPending,
     FlowError,
+    FlowFailure,
     FlowNotFound,
     IllegalTransition,
     InvalidData,
+    PartialFailure,
     RevisionMismatch,
+    StorageError,
 )
 from redisflow.flow import CANCEL, RESUME, Flow, FlowRef, FlowStatus, Verb
 from redisflow.ops.changes import NO_CHANGE, OTHER_KEYS, Transition
 from redisflow.ops.fields import TIMED_OUT, merging
-from redisflow.ops.namespace import Namespace, log, op_id_of, targets_of
+from redisflow.ops.namespace import Namespace, Target, log, op_id_of, targets_of
 from redisflow.ops.reads import get, read_sound
 from redisflow.waits import ExternalEvent, from_us, require_aware, to_us
 
@@ -249,21 +252,74 @@ def resume_waiters(
     correlation_id: str,
     payload: Any,
 ) -> Generator[Any, Any, list[Flow]]:
-    """Resume every flow that waits for this event."""
-    prefix = ExternalEvent(topic, correlation_id).waiter
-    _event_patch(namespace, payload)
+    """Resume every flow that waits for this event.
+
+    Raises:
+        PartialFailure: some were resumed, or not, and the error tells of each.
+    """
+    event = ExternalEvent(topic, correlation_id)
+    patch = _event_patch(namespace, payload)
+    prefix = event.waiter
     found = yield Read(
         [
             command(p, b"ZRANGE", p.waiters, b"[" + prefix, b"[" + prefix + b"\xff", b"BYLEX")
             for p in namespace.keyspace.partitions
         ]
     )
-    resumed = []
-    for target in targets_of(member[len(prefix) :] for members in found for member in members):
+    waiters = targets_of(member[len(prefix) :] for members in found for member in members)
+    places = {target.flow_id: place for place, target in enumerate(waiters)}
+    resumed: list[Flow] = []
+    failed: list[FlowFailure] = []
+    while waiters:
         try:
-            flow = yield from try_resume_external(namespace, target.flow_id, topic, correlation_id, payload)
-        except InvalidData as error:  # it is damaged: the others are resumed all the same
-            log.error("left out of a resume: %s", error)
-        else:
-            resumed += [] if flow is None else [flow]
+            flows = yield from read_sound(namespace, waiters, "left out of a resume", logging.ERROR)
+        except StorageError as error:
+            failed += [FlowFailure(places[target.flow_id], target.flow_id, error) for target in waiters]
+            break
+        resumings = [_resuming(namespace, flow, patch, op_id=None) for flow in flows if _is_waiter(flow, event)]
+        outcomes = (yield Batch([one.call(namespace) for one in resumings], confirm=True)) if resumings else []
+        waiters = []
+        for one, outcome in zip(resumings, outcomes, strict=True):
+            try:
+                flow = _resumed(one, outcome)
+            except RevisionMismatch:  # it has changed since it was read, and may still wait
+                waiters.append(Target.at(one.target.flow_id))
+            except FlowError as error:
+                failed.append(FlowFailure(places[one.target.flow_id], one.target.flow_id, error))
+            else:
+                resumed += [] if flow is None else [flow]
+    if failed:
+        raise PartialFailure(failed, done=resumed)
     return resumed
+
+
+def _is_waiter(flow: Flow, event: ExternalEvent) -> bool:
+    """Tell whether a flow waits for an event. One whose stored wait makes no sense must not stop the others."""
+    try:
+        return _waits_for(flow, event)
+    except InvalidData as error:
+        log.error("left out of a resume: %s", error)
+        return False
+
+
+def _resumed(resuming: Transition, outcome: Reply | FlowError | Unconfirmed) -> Flow | None:
+    """Return the flow that was resumed; `None` for one that no longer waits.
+
+    Raises:
+        RevisionMismatch: it has changed since it was read.
+    """
+    if isinstance(outcome, FlowError):
+        raise outcome
+    short = outcome if isinstance(outcome, Unconfirmed) else None
+    reply = outcome if short is None else short.reply
+    if reply == OTHER_KEYS:
+        return None
+    try:
+        flow = resuming.read(reply)
+    except RevisionMismatch:
+        raise
+    except _LOST_RACES:
+        return None
+    if short is not None:
+        raise short.error(flow, resuming.op)
+    return flow

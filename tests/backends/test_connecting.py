@@ -124,7 +124,8 @@ def test_a_namespace_says_how_it_is_laid_out(real_subject: Subject) -> None:
     [
         {"layout": "1", "partitions": "x"},
         {"layout": "1"},
-        {"partitions": "16"},
+        {"partitions": "x"},
+        {"partitions": "0"},
         {"layout": "1", "partitions": "1025"},
         {"layout": "1", "partitions": "000000001999"},
     ],
@@ -135,6 +136,20 @@ def test_a_damaged_namespace_is_named(real_subject: Subject, meta: dict[FieldT, 
     real_subject.raw.hset(f"{real_subject.prefix}:meta", mapping=meta)
     with pytest.raises(InvalidData, match=f"{real_subject.prefix}:meta"):
         real_subject.manager().connect()
+
+
+@pytest.mark.parametrize("partitions", [None, 5])
+def test_half_a_namespace_is_completed(real_subject: Subject, partitions: int | None) -> None:
+    """Its creator was cut short behind the partition count, which stays as it is; another wish is refused."""
+    meta = f"{real_subject.prefix}:meta"
+    real_subject.raw.hset(meta, "partitions", 5)
+    with pytest.raises(LayoutMismatch) as mismatch:
+        real_subject.manager(partitions=8).connect()
+    assert (mismatch.value.expected, mismatch.value.actual) == (8, 5)
+    flows = real_subject.manager(partitions=partitions)
+    works(flows)
+    assert real_subject.raw.hgetall(meta) == {b"layout": b"1", b"partitions": b"5"}
+    assert len(flows.namespace.keyspace.partitions) == 5
 
 
 def test_connecting_touches_no_flow_whatever_its_id(real_subject: Subject) -> None:

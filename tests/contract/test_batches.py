@@ -17,6 +17,7 @@ from redisflow import (
     InvalidData,
     Manual,
     NewFlow,
+    PartialFailure,
     RevisionMismatch,
     StorageError,
 )
@@ -209,9 +210,9 @@ def test_what_was_sent_before_is_not_sent_again(sync_flows: FlowManager) -> None
 
 
 def test_a_batch_is_cut_into_packets_of_500(sync_flows: FlowManager, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Few round trips, and none too long for the server."""
-    flow = flow_in(sync_flows, "running", state={"n": 0})
-    sync_flows.update_state(flow.id, increment={"n": 1})  # the server knows the script now
+    """Few round trips, and none too long for the server. A flow is in a packet once: its verbs keep their order."""
+    made = sync_flows.create_many(new(state={"n": 0}) for _ in range(500))
+    sync_flows.update_state(made[0].id, increment={"n": 0})  # the server knows the script now
     wire, packets = sync_flows.connect(), []
     exchange = wire.exchange
 
@@ -221,9 +222,14 @@ def test_a_batch_is_cut_into_packets_of_500(sync_flows: FlowManager, monkeypatch
 
     monkeypatch.setattr(wire, "exchange", counted)
     with sync_flows.batch() as batch:
-        queued = [batch.update_state(flow.id, increment={"n": 1}) for _ in range(1001)]
+        queued = [batch.update_state(flow.id, increment={"n": 1}) for flow in [*made, *made, made[0]]]
     assert packets == [500, 500, 1]
-    assert [one.result().state["n"] for one in queued] == list(range(2, 1003))
+    assert [one.result().state["n"] for one in queued] == [1] * 500 + [2] * 500 + [3]
+    packets.clear()
+    with sync_flows.batch() as batch:
+        queued = [batch.update_state(flow.id, increment={"n": 1}) for flow in (made[1], made[2], made[1], made[1])]
+    assert packets == [2, 1, 1]
+    assert [one.result().state["n"] for one in queued] == [3, 3, 4, 5]
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("redisflow-batch")]
 
 
@@ -294,10 +300,15 @@ def test_create_many_raises_what_was_refused_when_all_were_tried(flows: Any) -> 
     """The others exist; with `exist_ok` the owner's own is returned."""
     taken, free = uuid4(), uuid4()
     first = flows.create_many([new(flow_id=taken)])
-    with pytest.raises(FlowExists) as refused:
-        flows.create_many([new(flow_id=taken), new(flow_id=free)])
-    assert refused.value.flow_id == taken
-    assert flows.get(free) is not None
+    with pytest.raises(PartialFailure) as refused:
+        flows.create_many([new(flow_id=free), new(flow_id=taken)])
+    assert refused.value.done == [flows.get(free)]
+    ((place, flow_id, error),) = refused.value.failed
+    assert (place, flow_id, type(error)) == (1, taken, FlowExists)
+    assert refused.value.count == 1
+    assert str(taken) in str(refused.value)
     assert flows.create_many([new(flow_id=taken), new(flow_id=free)], exist_ok=True)[0] == first[0]
-    with pytest.raises(FlowExists):
+    with pytest.raises(PartialFailure) as refused:
         flows.create_many([new(flow_id=taken, owner_session_key="somebody else")], exist_ok=True)
+    assert [type(failure.error) for failure in refused.value.failed] == [FlowExists]
+    assert refused.value.done == []

@@ -5,7 +5,6 @@ FlowNotFound → replay → RevisionMismatch → AlreadyTerminal → CancelPendi
 
 from __future__ import annotations
 
-import secrets
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
@@ -22,7 +21,7 @@ from redisflow import (
     IllegalTransition,
     RevisionMismatch,
 )
-from tests.support.subjects import VERBS, create, flow_in, observed, source_of, trail
+from tests.support.subjects import VERBS, brought_id, create, drawn_id, flow_in, observed, source_of, trail
 
 if TYPE_CHECKING:
     from tests.support.subjects import Subject
@@ -37,13 +36,17 @@ TARGETS = {
 }
 
 
-def refused(subject: Subject, kind: type[FlowError], call: Any) -> Any:
-    """Make a call that must be refused with just this error, and leave no trace."""
-    before = subject.snapshot()
+def refused(subject: Subject, kind: type[FlowError], call: Any, *, brought: bool = False) -> Any:
+    """Make a call that must be refused with just this error, and leave no trace.
+
+    Where the caller brought the operation's id, the flow is settled first, and has another fence.
+    """
+    read = subject.unfenced if brought else subject.snapshot
+    before = read()
     with pytest.raises(FlowError) as failure:
         call()
     assert type(failure.value) is kind
-    assert subject.snapshot() == before
+    assert read() == before
     return failure.value
 
 
@@ -51,10 +54,15 @@ def refused(subject: Subject, kind: type[FlowError], call: Any) -> Any:
 def test_an_unknown_flow_comes_before_all_else(flows: Any, subject: Subject, verb: str) -> None:
     """No flow: FlowNotFound, whatever else the call asks for."""
     unknown = uuid4()
-    for options in ({}, {"expected_revision": 3}, {"op_id": secrets.token_hex(16)}):
+    for options in ({}, {"expected_revision": 3}):
         error = refused(subject, FlowNotFound, lambda o=options: VERBS[verb](flows, unknown, **o))
         assert error.flow_id == unknown
     assert subject.all_keys() == []
+    for op_id in (brought_id(), drawn_id()):
+        error = refused(subject, FlowNotFound, lambda o=op_id: VERBS[verb](flows, unknown, op_id=o), brought=True)
+        assert error.flow_id == unknown
+    assert set(subject.all_keys()) <= {subject.flow_key(unknown)}, "a tombstone at most, by which late attempts fail"
+    assert all(0 < subject.raw.pttl(key) <= 3_600_000 for key in subject.all_keys())
 
 
 def test_every_other_change_of_an_unknown_flow_is_refused(flows: Any, subject: Subject) -> None:
@@ -67,13 +75,13 @@ def test_every_other_change_of_an_unknown_flow_is_refused(flows: Any, subject: S
     refused(subject, FlowNotFound, lambda: flows.update_and_append(flow, "note"))
     refused(subject, FlowNotFound, lambda: flows.mutate(flow.id, lambda f: f, kind="note"))
     refused(subject, FlowNotFound, lambda: flows.wait_for(flow.id, timeout=0))
-    assert subject.all_keys() == []
+    assert subject.only_tombstones_of(flow.id)
 
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_a_replay_comes_before_every_later_guard(flows: Any, verb: str) -> None:
     """What was applied under an op id stays applied, though the flow has ended, is flagged and has moved on."""
-    op_id = secrets.token_hex(16)
+    op_id = brought_id()
     before = flow_in(flows, source_of(verb))
     VERBS[verb](flows, before, op_id=op_id, expected_revision=before.revision)
     if not flows.get(before.id).status.is_terminal:
@@ -151,7 +159,7 @@ def test_the_right_revision_goes_through(flows: Any, verb: str) -> None:
 def test_a_compare_with_a_flow_is_with_its_etag_too(flows: Any, subject: Subject) -> None:
     """Revision numbers are used again after a lost write: another writer's under the same number is another flow."""
     mine = flow_in(flows, "running")
-    subject.raw.hset(subject.flow_key(mine.id), "etag", secrets.token_hex(16))
+    subject.raw.hset(subject.flow_key(mine.id), "etag", brought_id())
     error = refused(subject, RevisionMismatch, lambda: flows.finish(mine, expected_revision=mine.revision))
     assert (error.expected, error.actual) == (1, 1)
     refused(subject, RevisionMismatch, lambda: flows.update_and_append(mine, "note"))

@@ -199,15 +199,20 @@ def full(flows: Any, status: str, **options: Any) -> Flow:
 
 
 @pytest.mark.parametrize("status", list(FlowStatus))
-def test_deleting_leaves_no_key(flows: Any, subject: Subject, status: FlowStatus) -> None:
-    """Live or ended, by Flow, id or text; said to be gone the second time."""
+def test_deleting_leaves_a_tombstone_alone(flows: Any, subject: Subject, status: FlowStatus) -> None:
+    """Live or ended, by Flow, id or text. A second deletion reports that there is no flow."""
+    gone: list[Flow] = []
     wait = {"kind": "external_event", "topic": "t", "correlation_id": "c", "deadline": "2031-01-01T00:00:00Z"}
     for how in (lambda f: f, lambda f: f.id, lambda f: str(f.id)):
         flow = full(flows, status, wait=wait)
         assert flows.delete(how(flow)) is True
+        gone.append(flow)
         assert flows.get(flow.id) is None
-        assert subject.all_keys() == []
+        assert subject.only_tombstones_of(*(one.id for one in gone))
         assert flows.delete(how(flow)) is False
+    assert subject.only_tombstones_of(*(one.id for one in gone))
+    assert flows.get_many(gone) == [None] * 3
+    assert flows.list_by_owner(OWNER) == flows.list_by_status(status) == []
 
 
 def test_deleting_one_flow_leaves_the_others(flows: Any) -> None:
@@ -227,20 +232,25 @@ def aged(subject: Subject, flow: Flow, by: timedelta) -> None:
 
 
 def test_pruning_deletes_old_ended_flows_and_counts_them(flows: Any, subject: Subject) -> None:
-    """Every terminal status, only those unchanged for that long, never a live one."""
+    """Every terminal status, only those unchanged for that long, never a live one.
+
+    Those that changed within the last hour leave a tombstone.
+    """
+    recent = []
     for status in FlowStatus:
         for _ in range(2):
             aged(subject, full(flows, status), timedelta(days=31))
-            full(flows, status)
+            recent.append(full(flows, status))
     assert flows.prune_terminal_flows(timedelta(days=365)) == 0
     assert flows.prune_terminal_flows(timedelta(days=30)) == 6
     assert flows.count_by_status() == {status: 2 if status.is_terminal else 4 for status in FlowStatus}
     assert flows.prune_terminal_flows(timedelta(0)) == 6
     assert flows.count_by_status() == {status: 0 if status.is_terminal else 4 for status in FlowStatus}
-    for live in ("created", "running", "waiting"):
-        for flow in flows.list_by_status(live):
-            assert flows.delete(flow)
-    assert subject.all_keys() == []
+    deleted = [flow for live in ("created", "running", "waiting") for flow in flows.list_by_status(live)]
+    for flow in deleted:
+        assert flows.delete(flow)
+    left = {flow.id for flow in deleted} | {flow.id for flow in recent if flow.status.is_terminal}
+    assert subject.only_tombstones_of(*left)
 
 
 def test_pruning_never_deletes_a_live_flow(flows: Any, subject: Subject) -> None:
@@ -258,5 +268,7 @@ def test_pruning_goes_through_all_pages(flows: Any, subject: Subject) -> None:
     """More than one page, in all partitions; huge ages are no error."""
     with_many = [flows.cancel(create(flows)) for _ in range(40)]
     assert flows.prune_terminal_flows(timedelta.max) == 0
+    for flow in with_many:
+        aged(subject, flow, timedelta(hours=1, minutes=1))
     assert flows.prune_terminal_flows(timedelta(0)) == len(with_many)
     assert subject.all_keys() == []

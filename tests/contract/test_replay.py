@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 from typing import TYPE_CHECKING, Any
 from uuid import UUID, uuid4
 
@@ -10,7 +9,7 @@ import attrs
 import pytest
 
 from redisflow import ExternalEvent, FlowStatus, RevisionMismatch
-from tests.support.subjects import STATE, VERBS, WHO, create, flow_in, observed, source_of, trail
+from tests.support.subjects import STATE, VERBS, WHO, brought_id, create, flow_in, observed, source_of, trail
 
 if TYPE_CHECKING:
     from tests.support.subjects import Subject
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
 @pytest.fixture
 def op_id() -> str:
     """A fresh operation id."""
-    return secrets.token_hex(16)
+    return brought_id()
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -145,7 +144,7 @@ def test_another_op_id_is_another_operation(flows: Any, op_id: str) -> None:
     """Two operations are applied twice."""
     flow = flow_in(flows, "running")
     flows.update_state(flow, increment={"processed": 1}, op_id=op_id)
-    after = flows.update_state(flow, increment={"processed": 1}, op_id=secrets.token_hex(16))
+    after = flows.update_state(flow, increment={"processed": 1}, op_id=brought_id())
     assert (after.state["processed"], after.revision) == (2, 3)
 
 

@@ -55,6 +55,7 @@ class Storm:
     def __init__(self, direct: FlowManager, ledger: Ledger, faults: Callable[[bool], Fault]) -> None:
         self._direct, self._ledger, self._faults = direct, ledger, faults
         self._turn = 0
+        self._sent: set[tuple[UUID, bytes]] = set()
         self.lost: set[bytes] = set()
         self.moved_on: set[bytes] = set()
 
@@ -62,10 +63,12 @@ class Storm:
         call = sent(command)
         if call is None:
             return PASS
-        flow_id, op, span = call
-        if span and not is_quiet(flow_id) and self._write_aside(flow_id):
+        flow_id, op, _ = call
+        resend = (flow_id, op) in self._sent
+        self._sent.add((flow_id, op))
+        if resend and not is_quiet(flow_id) and self._write_aside(flow_id):
             self.moved_on.add(op)
-        fault = self._faults(bool(span))
+        fault = self._faults(resend)
         if fault is CUT_REPLY:
             self.lost.add(op)
         return fault

@@ -23,11 +23,20 @@ from redisflow import (
 from redisflow.calls import Batch, Call, Command
 from redisflow.codec import plain, read_event, read_flow, read_step
 from redisflow.keys import Keyspace
+from redisflow.ops.namespace import is_drawn
 from redisflow.scripts import UNTRIMMED
 from tests.fuzz.draw import Draw
 from tests.fuzz.offline import EVENT, FLOW_ID, NOW, WHO, Offline, applied, flat, held, replies, sound_reply
 from tests.fuzz.storable import INT64_MAX, INT64_MIN
 
+# What a call may know of its flow: nothing, a fence, or the event of an earlier attempt; and of its last refusal.
+ATTEMPTS = [
+    (b"", b""),
+    (b"7-1700000000000-3", b""),
+    (b"=1700000000000-3", b""),
+    (b"", b"-1700000000000"),
+    (b"7-1700000000000-3", b"-1700000000000"),
+]
 LONGEST_MESSAGE = 10_000  # however long the input: it ends in a log
 KEYSPACE = Keyspace.of("p", 4)
 
@@ -208,13 +217,23 @@ def _require_whole(result: Any) -> None:
 def _require_readable(call: Call) -> None:
     """What a script would store can be read, under keys that are where the call goes."""
     source = UNTRIMMED.append_event.source
-    for part in call.command(source):
-        assert type(part) is bytes
+    for attempt, refusal in ATTEMPTS:
+        command = call.command(source, attempt, refusal)
+        for part in command:
+            assert type(part) is bytes
+        conditions = command[4 + len(call.keys)]
+        if conditions:  # as lua/include/conditions.lua splits them
+            assert conditions.split(b"|", 3) == [attempt, refusal, call.expected, call.owner]
+        else:
+            assert (attempt, refusal, call.expected, call.owner) == (b"", b"", b"", b"")
     assert {KEYSPACE.parse(key).partition.slot for key in call.keys} == {call.slot}  # type: ignore[union-attr]  # None fails too
-    conditions = call.command(source)[4 + len(call.keys)]
-    if conditions:  # as lua/include/conditions.lua splits them
-        look, expected, owner = conditions.split(b"|", 2)
-        assert (look, expected, owner) == (call.look, call.expected, call.owner)
+    assert is_drawn(call.op_id) or call.brought
+    assert call.doubtful is (call.brought and is_drawn(call.op_id))
+    if call.seen:
+        key = KEYSPACE.parse(call.seen)
+        assert key is not None
+        assert (key.kind, key.name) == ("seen", str(call.flow_id).encode())
+        assert not call.brought or call.seen in call.keys
     match call.script.name:
         case "create":
             ends = 4 + 2 * int(call.args[3])

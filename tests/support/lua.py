@@ -8,7 +8,7 @@ from redisflow import scripts
 
 LUA = Path(__file__).parents[2] / "lua"
 EVERY_SCRIPT = (
-    scripts.CREATE,
+    scripts.SETTLE,
     scripts.DELETE,
     scripts.LOOK,
     scripts.MEND,
@@ -17,6 +17,7 @@ EVERY_SCRIPT = (
         script
         for appending in (scripts.UNTRIMMED, scripts.Appending.keeping(1000))
         for script in (
+            appending.create,
             appending.append_event,
             appending.observe_step,
             *(transition.script for transition in appending.transitions.values()),

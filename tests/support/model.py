@@ -57,6 +57,9 @@ class ModelFlow:
     events: list[ModelEvent] = attrs.field(factory=list)
     steps: dict[str, dict[str, Any]] = attrs.field(factory=dict)
     ops: set[str] = attrs.field(factory=set)
+    created_by: str | None = None
+    # The creations and deletions of flows that had this id before; `None` if there were none.
+    past: frozenset[str | None] | None = None
     # The server's, noted from what it answered:
     etag: str = ""
     created_at: datetime | None = None
@@ -68,17 +71,24 @@ class Model:
     """A namespace."""
 
     flows: dict[UUID, ModelFlow] = attrs.field(factory=dict)
+    pasts: dict[UUID, frozenset[str | None]] = attrs.field(factory=dict)  # of flows that were deleted
 
     def create(
         self, flow_id: UUID, identity: dict[str, str], state: Any, *, mirrored: bool, exist_ok: bool, op: str | None
     ) -> None:
         """Create, or find what may be found."""
-        if (found := self.flows.get(flow_id)) is not None:
+        found = self.flows.get(flow_id)
+        past = self.pasts.get(flow_id) if found is None else found.past
+        if found is not None:
             same_owner = found.identity["owner_session_key"] == identity["owner_session_key"]
-            if op in found.ops or (exist_ok and same_owner):
+            if (op and op == found.created_by) or (exist_ok and same_owner):
                 return
             raise Refused("FlowExists", flow_id=flow_id)
+        if op and past and op in past:
+            raise Refused("FlowNotFound", flow_id=flow_id)
         flow = ModelFlow(flow_id, identity, "init", {} if state is None else state, ops={op} if op else set())
+        flow.created_by, flow.past = op, past
+        self.pasts.pop(flow_id, None)
         origin = {"controller_id": identity["controller_id"], "goal": identity["goal"], "current_step": "init"}
         flow.events.append(ModelEvent(0, "created", origin))
         if mirrored:
@@ -177,11 +187,16 @@ class Model:
         flow.events.append(ModelEvent(flow.revision, "step_observed", payload))
         flow.ops |= {guards["op"]} if guards["op"] else set()
 
-    def delete(self, flow_id: UUID, *, expected: int | None, expected_etag: str | None) -> bool:
-        """Delete a flow; say whether there was one."""
-        if flow_id not in self.flows:
+    def delete(self, flow_id: UUID, *, expected: int | None, expected_etag: str | None, op: str | None = None) -> bool:
+        """Delete a flow; say whether there was one, or this very operation deleted it."""
+        found = self.flows.get(flow_id)
+        past = (self.pasts.get(flow_id) if found is None else found.past) or frozenset()
+        if op and op in past:
+            return True
+        if found is None:
             return False
         self.audit(flow_id, expected=expected, expected_etag=expected_etag, op=None)
+        self.pasts[flow_id] = past | {found.created_by, op}
         del self.flows[flow_id]
         return True
 

@@ -9,14 +9,14 @@ from uuid import UUID, uuid4
 import attrs
 
 from redisflow import Diagnosis, ExternalEvent, Finding, FlowStatus, Manual, Severity, Timer
-from tests.support.subjects import WHO, Subject, flow_in, observed
+from tests.support.subjects import WHO, Subject, brought_id, drawn_id, flow_in, observed
 
 if TYPE_CHECKING:
     from redisflow.keys import Partition
 
 SOON = datetime.now(UTC) + timedelta(hours=1)
 OWNER = WHO["owner_session_key"].encode()
-_RECORDS = (b"}:flow:", b"}:events:", b"}:steps:")
+_RECORDS = (b"}:flow:", b"}:events:", b"}:steps:", b"}:seen:")
 
 
 def problems(diagnosis: Diagnosis) -> list[Finding]:
@@ -26,7 +26,10 @@ def problems(diagnosis: Diagnosis) -> list[Finding]:
 
 @attrs.define
 class Patient:
-    """A store with flows in every status and waits of every kind, by name; and `absent`, the id of no flow."""
+    """A store with flows in every status and waits of every kind, by name.
+
+    And `absent`, the id of no flow; `deleted`, that of a flow which has left a tombstone.
+    """
 
     subject: Subject
     flows: Any
@@ -41,8 +44,11 @@ class Patient:
         self.make("own", "waiting", wait={"kind": "of my own"})
         self.make("unwanted", "waiting")
         self.flows.request_cancel(self.ids["unwanted"])
-        self.flows.record_step_observation(observed(self.ids["running"]))
+        self.flows.record_step_observation(observed(self.ids["running"]), op_id=brought_id())
+        self.flows.append_event(self.ids["finished"], "note", op_id=drawn_id())
         self.ids["absent"] = uuid4()
+        self.make("deleted", "waiting", wait=ExternalEvent("approvals", "42"))
+        self.flows.delete(self.ids["deleted"])
 
     @property
     def raw(self) -> Any:
@@ -86,7 +92,7 @@ class Patient:
                 return partition.status(FlowStatus(rest))
             case "owner":
                 return partition.owner(rest.encode())
-            case "flow" | "events" | "steps":
+            case "flow" | "events" | "steps" | "seen":
                 return bytes(getattr(partition, what)(self.member(name)))
         return bytes(getattr(partition, what))
 
@@ -121,9 +127,11 @@ class Patient:
         return name
 
     def record(self, name: str, kind: str) -> str:
-        """Write an event or a step of a flow."""
+        """Write an event, a step or a brought operation id of a flow."""
         if kind == "events":
             self.raw.xadd(self.key(name, kind), {"rev": 0, "kind": "created", "op": "", "payload": b"\x80"})
+        elif kind == "seen":
+            self.raw.zadd(self.key(name, kind), {brought_id(): 1})
         else:
             self.raw.hset(self.key(name, kind), "run-1", b"\x99")
         return name

@@ -14,7 +14,7 @@ from tests.support.subjects import WHO
 
 # What an engine hears of new timers by.
 LISTENING = ("&{redisflow:*", "+subscribe", "+publish")
-DOCTORS = {"+scan", "+zscan", "+type", "+zscore", "+memory|usage"}  # nothing else uses them
+DOCTORS = {"+scan", "+zscan", "+type", "+memory|usage"}  # nothing else uses them
 
 
 def _rules() -> list[list[str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import socket
 import struct
 import threading
@@ -39,6 +40,18 @@ def delay(seconds: float) -> Fault:
     return Fault("delay", seconds)
 
 
+def late(seconds: float = math.inf, *, cut: bool = False) -> Fault:
+    """Hold the command, and those behind it on its connection, back from the server, which gets them in the end.
+
+    Args:
+        seconds: until they are delivered over the server's side of the connection, which stays open; by default that
+            happens only at `FaultProxy.deliver`.
+        cut: close the client's side at once. Otherwise the client waits in vain.
+    """
+    return Fault("late_cut" if cut else "late", seconds)
+
+
+_LATE = {"late", "late_cut"}
 Plan = Callable[[list[bytes]], Fault]
 
 
@@ -62,7 +75,8 @@ class FaultProxy:
 
     The plan is called in the proxy's thread, one command at a time. It may be replaced at any moment, as may
     `target_port` (for new connections) and `reset` (connections end with RST, not FIN).
-    `faults` counts what was carried out, by kind. Unless set, the port is a free one.
+    `faults` counts what was carried out, by kind, and `delivered` the commands that came late. Unless set, the port is
+    a free one.
     """
 
     def __init__(
@@ -81,8 +95,11 @@ class FaultProxy:
         self.port = port
         self.connections = 0
         self.faults: Counter[str] = Counter()
+        self.delivered = 0
+        self._over: asyncio.Event
         self.errors: list[Exception] = []  # what a plan raised; the first is raised again on leaving
         self._links: set[asyncio.Task[None]] = set()
+        self._holding: set[asyncio.Task[None]] = set()  # links with commands that are held back
         self._ready = threading.Event()
         self._thread = threading.Thread(target=lambda: asyncio.run(self._main()), daemon=True)
 
@@ -111,16 +128,44 @@ class FaultProxy:
         self.inject(CUT_REPLY)
 
     def sever(self) -> None:
-        """Close every connection there is."""
+        """Close every connection there is, but for those whose commands are held back."""
         self._loop.call_soon_threadsafe(self._cancel_links)
+
+    @property
+    def held(self) -> int:
+        """How many connections have commands that are held back."""
+        return len(self._holding)
+
+    def deliver(self) -> None:
+        """Deliver what is held back, and wait until the server has answered it."""
+        asyncio.run_coroutine_threadsafe(self._deliver(), self._loop).result(60)
+
+    async def _deliver(self) -> None:
+        self._over.set()
+        self._over, links = asyncio.Event(), set(self._holding)
+        while links & self._holding:  # noqa: ASYNC110 - over in a moment
+            await asyncio.sleep(0.001)
+
+    def hold(self, link: asyncio.Task[None]) -> asyncio.Event:
+        """Note a link whose commands are held back. Returns what is set at `deliver`."""
+        self._links.discard(link)
+        self._holding.add(link)
+        return self._over
+
+    def release(self, link: asyncio.Task[None]) -> None:
+        """Note that a link's commands were delivered while its client waited."""
+        self._holding.discard(link)
+        self._links.add(link)
 
     async def _main(self) -> None:
         self._loop, self._stopped = asyncio.get_running_loop(), asyncio.Event()
+        self._over = asyncio.Event()
         server = await asyncio.start_server(self._serve, self.host, self.port, limit=_CHUNK, backlog=1024)
         self.port = server.sockets[0].getsockname()[1]
         self._ready.set()
         await self._stopped.wait()
         server.close()
+        self._links |= self._holding
         self._cancel_links()
         await asyncio.gather(*self._links)
 
@@ -137,10 +182,11 @@ class FaultProxy:
         with suppress(OSError, asyncio.CancelledError):  # nobody to connect to; severed, or the proxy stops
             server, to_server = await asyncio.open_connection("127.0.0.1", self.target_port, limit=_CHUNK)
             writers.append(to_server)
-            await _Link(self, client, to_client, server, to_server).run()
+            await _Link(self, client, to_client, server, to_server, task).run()
         for writer in writers:
             writer.transport.abort()
         self._links.discard(task)
+        self._holding.discard(task)
 
 
 @attrs.define
@@ -152,7 +198,9 @@ class _Link:
     to_client: asyncio.StreamWriter
     server: asyncio.StreamReader
     to_server: asyncio.StreamWriter
+    task: asyncio.Task[None]
     due: deque[Fault] = attrs.field(factory=deque)  # one for each command whose reply has not come
+    is_cut: bool = False  # the client's side, while commands are held back
 
     async def run(self) -> None:
         """Forward until a side closes or a fault ends it; then close so that what was passed on arrives."""
@@ -170,9 +218,14 @@ class _Link:
     async def _requests(self) -> None:
         frames, arguments = Frames(), hiredis.Reader()
         while data := await _read(self.client):
-            for frame in frames.feed(data):
+            arrived = frames.feed(data)
+            for frame in arrived:
                 arguments.feed(frame)
                 fault = self.proxy.plan(arguments.gets())
+                if fault.kind in _LATE:
+                    if await self._hold_back(fault, [frame, *arrived], frames):
+                        break
+                    return None
                 if fault in {CUT_REQUEST, DROP, HANG}:
                     return await self._withhold(fault)
                 if fault.seconds:
@@ -194,6 +247,42 @@ class _Link:
         while fault is HANG and await _read(self.client):
             pass
 
+    async def _hold_back(self, fault: Fault, held: list[bytes], frames: Frames) -> bool:
+        """Keep what the client sends from here on, whatever becomes of the client, and deliver it in the end.
+
+        Returns whether the client is still there.
+        """
+        over = self.proxy.hold(self.task)
+        self.proxy.faults[fault.kind] += 1
+        client = asyncio.create_task(self._cut_client() if fault.kind == "late_cut" else self._collect(held, frames))
+        try:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(over.wait(), None if math.isinf(fault.seconds) else fault.seconds)
+        finally:
+            is_there = not client.done() and fault.kind == "late"
+            client.cancel()
+            await asyncio.gather(client, return_exceptions=True)
+        self.is_cut = not is_there  # nobody reads the replies
+        self.due.extend(PASS for _ in held)
+        self.to_server.write(b"".join(held))
+        await self.to_server.drain()
+        while self.due:  # noqa: ASYNC110 - over in a moment
+            await asyncio.sleep(0.001)
+        self.proxy.delivered += len(held)
+        if is_there:
+            self.proxy.release(self.task)
+        return is_there
+
+    async def _collect(self, held: list[bytes], frames: Frames) -> None:
+        while data := await _read(self.client):
+            held += frames.feed(data)
+
+    async def _cut_client(self) -> None:
+        while self.due:  # noqa: ASYNC110 - over in a moment
+            await asyncio.sleep(0.001)
+        self.is_cut = True
+        await self._finish_client()
+
     async def _replies(self) -> None:
         frames = Frames()
         while data := await _read(self.server):
@@ -205,7 +294,8 @@ class _Link:
                     while fault is HANG_REPLY and await _read(self.server):
                         pass
                     return
-                self.to_client.write(frame)
+                if not self.is_cut:
+                    self.to_client.write(frame)
             with suppress(OSError):
                 await self.to_client.drain()
 

@@ -9,20 +9,26 @@ from uuid import UUID
 import attrs
 
 from redisflow import ExternalEvent, Flow, FlowManager, FlowStatus, Manual, StepObservation, WaitEngine
+from redisflow.scripts import SETTLE
 
 IDENTITY: dict[str, Any] = {"controller_id": "c", "goal": "g", "owner_session_key": "o", "requester_origin": "r"}
 _OP_DIGITS = 32
 
 
 def sent(command: list[bytes]) -> tuple[UUID, bytes, bytes] | None:
-    """The flow, the op and the span of a script call, empty on a first attempt; `None` for another command."""
+    """Return flow, op and attempt of a call: empty for the first attempt on a new flow. `None` for another command."""
     if command[0] not in {b"EVALSHA", b"EVAL"}:
         return None
     argv = command[3 + int(command[2]) :]
     if len(argv) < 2 or len(argv[0]) != _OP_DIGITS:
-        return None  # the probe at connect, or a read
-    op, look = argv[0], argv[1].partition(b"|")[0]
-    return UUID(command[3].rpartition(b":")[2].decode()), op, bytes(filter(bytes([*b"0123456789"]).__contains__, look))
+        return None  # the probe at connect, a read, or the settling of a flow
+    op, attempt = argv[0], argv[1].partition(b"|")[0]
+    return UUID(command[3].rpartition(b":")[2].decode()), op, attempt
+
+
+def settles(command: list[bytes]) -> bool:
+    """Tell whether a command settles a flow."""
+    return command[0] in {b"EVALSHA", b"EVAL"} and command[1] in {SETTLE.source.sha, SETTLE.source.text}
 
 
 def prepared(flows: FlowManager, status: FlowStatus) -> Flow:

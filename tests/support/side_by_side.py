@@ -5,8 +5,8 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Callable
-from typing import Any, ClassVar
-from uuid import UUID, uuid4
+from typing import Any, ClassVar, NamedTuple
+from uuid import UUID
 
 import attrs
 from hypothesis.stateful import RuleBasedStateMachine
@@ -14,8 +14,22 @@ from hypothesis.stateful import RuleBasedStateMachine
 from redisflow import Flow, FlowError, FlowManager, FlowStatus, RevisionMismatch
 from tests.support.model import Model, ModelEvent, ModelFlow, Refused, exact
 from tests.support.model_input import IDS
+from tests.support.subjects import brought_id, drawn_id
 
 NOW = "the server's time"  # stands in the model's state for what only the server knows
+
+
+class Replayable(NamedTuple):
+    """A call under an operation id, to be made again.
+
+    Attributes:
+        outlives: whether it is recognized when the flow was deleted.
+    """
+
+    real: Callable[[], Any]
+    modelled: Callable[[], Any]
+    flow_id: UUID
+    outlives: bool
 
 
 class SideBySide(RuleBasedStateMachine):
@@ -34,7 +48,7 @@ class SideBySide(RuleBasedStateMachine):
         self.sound = True
         self.copies: dict[UUID, list[Flow]] = {flow_id: [] for flow_id in IDS}
         self.step_ids: dict[tuple[UUID, str], tuple[Any, Any]] = {}
-        self.replayable: list[tuple[Callable[[], Any], Callable[[], Any], UUID]] = []
+        self.replayable: list[Replayable] = []
 
     def reference(self, slot: int, form: str) -> tuple[Any, Flow | None]:
         """The flow as an argument, and the copy whose version it carries."""
@@ -57,18 +71,35 @@ class SideBySide(RuleBasedStateMachine):
         if expect == "copy" and held is not None:
             expected = held.revision
         etag = held.etag if held is not None and held.revision == expected else None
-        op_id = uuid4().hex if op else None
+        op_id = self.op_id(slot, op)
         options = {"expected_revision": expected, "op_id": op_id}
         return options, {"expected": expected, "expected_etag": etag, "op": op_id}
 
-    def both(self, flow_id: UUID, real: Callable[[], Any], modelled: Callable[[], Any], op: str | None = None) -> Any:
+    def op_id(self, slot: int, op: str | None) -> str | None:
+        """Return a fresh operation id of a kind."""
+        stored = self.model.flows.get(IDS[slot])
+        past = self.model.pasts.get(IDS[slot]) if stored is None else stored.past
+        if op == "drawn" and past is None:
+            return drawn_id()
+        # Nobody knows of an id of the library's which was meant, the flow that was deleted or the one after it.
+        return brought_id() if op else None
+
+    def both(
+        self,
+        flow_id: UUID,
+        real: Callable[[], Any],
+        modelled: Callable[[], Any],
+        op: str | None = None,
+        *,
+        outlives: bool = False,
+    ) -> Any:
         """Carry a call out on both sides; the answers must agree, and then what is stored."""
         if op:
-            self.replayable.append((real, modelled, flow_id))
+            self.replayable.append(Replayable(real, modelled, flow_id, outlives))
         self.sound = False
-        refusal, error, answer = None, None, None
+        refusal, error, answer, expected = None, None, None, None
         try:
-            modelled()
+            expected = modelled()
         except Refused as refused:
             refusal = refused
         try:
@@ -81,6 +112,7 @@ class SideBySide(RuleBasedStateMachine):
         for name, fact in refusal.facts.items() if refusal else ():
             if not isinstance(error, RevisionMismatch) or name != "expected" or fact is not None:
                 assert getattr(error, name) == fact
+        assert not isinstance(answer, bool) or answer is expected
         self.compare(flow_id, answer)
         return answer
 
@@ -136,12 +168,27 @@ class SideBySide(RuleBasedStateMachine):
             self.flows.close()
 
     def keys(self) -> dict[str, set[bytes]]:
-        """Every key of the namespace but its meta, with the members of the sets, by kind and name."""
+        """Every key of the namespace but its meta and tombstones, with the members of the sets, by kind and name."""
         found: dict[str, set[bytes]] = {}
+        buried: set[str] = set()
         for key in self.raw.scan_iter(match=f"{{{self.flows.namespace.prefix}:*", count=1000):
             name = key.decode().partition("}:")[2]
-            members = set(self.raw.zrange(key, 0, -1)) if self.raw.type(key) == b"zset" else set[bytes]()
+            if name.startswith("flow:") and self.raw.hexists(key, "gone"):
+                assert 0 < self.raw.pttl(key) <= 3_600_000
+                buried.add(name.removeprefix("flow:"))
+                continue
+            assert self.raw.pttl(key) == -1
+            members = set[bytes]()
+            if self.raw.type(key) == b"zset":
+                members |= set(self.raw.zrange(key, 0, -1))
+            if name.startswith("seen:"):
+                members -= set(self.raw.zrangebyscore(key, "-inf", 0))  # those that were refused
+                if not members:
+                    continue
             found.setdefault(name, set()).update(members)
+        # A refused operation of a flow that never was leaves one, too.
+        assert {str(flow_id) for flow_id in self.model.pasts} <= buried
+        assert buried.isdisjoint(str(flow_id) for flow_id in self.model.flows)
         return found
 
     def expected_keys(self) -> dict[str, set[bytes]]:
@@ -149,6 +196,8 @@ class SideBySide(RuleBasedStateMachine):
         for flow in self.model.flows.values():
             name = str(flow.id).encode()
             expected[f"flow:{flow.id}"] = expected[f"events:{flow.id}"] = set()
+            if flow.ops - {flow.created_by}:
+                expected[f"seen:{flow.id}"] = {op.encode() for op in flow.ops - {flow.created_by} if op}
             if flow.steps:
                 expected[f"steps:{flow.id}"] = set()
             expected.setdefault(f"owner:{flow.identity['owner_session_key']}", set()).add(name)

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequen
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from typing import Any, Self
-from uuid import UUID
+from uuid import UUID, uuid4
 
 import attrs
 import fakeredis
@@ -27,7 +27,10 @@ from redisflow import (
     WaitEngine,
     connection,
 )
+from redisflow.calls import Packet
+from redisflow.codec import OP_DIGITS
 from redisflow.keys import DEFAULT_PARTITIONS, SLOTS, Keyspace
+from redisflow.ops.namespace import is_drawn, op_id_of
 from tests.support.clusters import Cluster
 from tests.support.servers import ENGINES, Engine, Server
 
@@ -37,6 +40,8 @@ _CALL_TIMEOUT_S = 60.0
 NEWEST = list({engine.is_valkey: engine for engine in sorted(ENGINES, key=lambda engine: engine.version)}.values())
 BACKENDS = {"memory": None, **{engine.name: engine for engine in NEWEST}}
 CLUSTER = "cluster"  # of the first engine
+
+TOMBSTONE_FIELDS = {b"gone", b"etag", b"past", b"life"}
 
 WHO: dict[str, Any] = {
     "controller_id": "kate/inbox",
@@ -255,8 +260,24 @@ class Subject:
         return sorted(key for key in found if key != f"{self.prefix}:meta".encode())
 
     def snapshot(self) -> dict[bytes, Any]:
-        """All that the namespace holds."""
-        return {key: self.read_key(key) for key in self.all_keys()}
+        """Return all that the namespace holds, without the tombstones of flows that do not exist."""
+        contents = {key: self.read_key(key) for key in self.all_keys()}
+        return {
+            key: (kind, value) for key, (kind, value) in contents.items() if kind != b"hash" or b"gone" not in value
+        }
+
+    def only_tombstones_of(self, *flow_ids: UUID) -> bool:
+        """Tell whether the namespace holds the tombstones of these deleted flows, and nothing else."""
+        assert self.all_keys() == sorted(self.flow_key(flow_id) for flow_id in flow_ids)
+        return all(self.is_tombstone(flow_id) for flow_id in flow_ids)
+
+    def is_tombstone(self, flow_id: UUID) -> bool:
+        """Tell whether all that is left of a deleted flow is a tombstone, which is itself gone within an hour."""
+        key = self.flow_key(flow_id)
+        assert [key] == [kept for kept in self.all_keys() if str(flow_id).encode() in kept]
+        kind, fields = self.read_key(key)
+        assert (kind, fields.keys()) == (b"hash", TOMBSTONE_FIELDS)
+        return 0 < self.raw.pttl(key) <= 3_600_000
 
     def read_key(self, key: bytes) -> Any:
         """One key's type and content."""
@@ -278,6 +299,45 @@ class Subject:
         """The key of a flow's hash."""
         return self.keyspace.partition_of(flow_id).flow(str(flow_id).encode())
 
+    def fence_of(self, flow_id: UUID) -> bytes:
+        """Return a flow's fence, which follows the operation's id in the etag; empty if it has none."""
+        etag: Any = self.raw.hget(self.flow_key(flow_id), "etag")
+        return bytes(etag or b"")[OP_DIGITS + 1 :]
+
+    def unfenced(self) -> dict[bytes, Any]:
+        """Return all that the namespace holds but tombstones, fences and refusals, which a refused call may write."""
+        contents = self.snapshot()
+        for key, (kind, value) in list(contents.items()):
+            if kind == b"hash" and b"etag" in value:
+                value[b"etag"] = value[b"etag"][:OP_DIGITS]
+            elif b"}:seen:" in key:
+                # An operation that was refused has a negative score.
+                applied = [(op, score) for op, score in value if score >= 0]
+                contents[key] = (kind, applied)
+                if not applied:
+                    del contents[key]
+        return contents
+
+    def events_key(self, flow_id: UUID) -> bytes:
+        """The key of a flow's trail."""
+        return self.keyspace.partition_of(flow_id).events(str(flow_id).encode())
+
+    def seen_key(self, flow_id: UUID) -> bytes:
+        """The key of a flow's index of the operation ids that callers brought."""
+        return self.keyspace.partition_of(flow_id).seen(str(flow_id).encode())
+
+    def lengthen(self, flow_id: UUID, count: int) -> None:
+        """Add so many events to a trail, behind the library's back."""
+        key = self.events_key(flow_id)
+        with self.raw.pipeline(transaction=False) as pipe:
+            for _ in range(count):
+                pipe.xadd(key, {"rev": 1, "kind": "aside", "op": "0" * OP_DIGITS, "payload": b"\x80"})
+            pipe.execute()
+
+    def trim(self, flow_id: UUID, kept: int) -> None:
+        """Leave just the last events of a trail, behind the library's back."""
+        self.raw.xtrim(self.events_key(flow_id), maxlen=kept, approximate=False)
+
     def listeners(self, channel: bytes) -> int:
         """How many subscribe to a channel."""
         counts = [client.pubsub_numsub(channel) for client in self.backend.nodes or [self.raw]]
@@ -295,6 +355,41 @@ class Subject:
         """Close every manager that was handed out."""
         for manager in self._managers:
             manager.close()
+
+
+# --- operation ids -------------------------------------------------------------------------------------
+
+
+def brought_id() -> str:
+    """Return a fresh operation id as a caller brings one: a UUID's, which never looks like one of the library's."""
+    return uuid4().hex
+
+
+def drawn_id() -> str:
+    """Return a fresh operation id as the library draws one: a caller who brings it has it settled before it is sent."""
+    op_id = op_id_of(None)
+    assert is_drawn(op_id)
+    return op_id
+
+
+# --- packets -------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def sent_by(manager: FlowManager) -> Iterator[list[Packet]]:
+    """Note the packets that a sync manager sends in the block."""
+    wire, packets = manager.connect(), []
+    exchange = wire.exchange
+
+    def noting(packet: Packet) -> list[Any]:
+        packets.append(packet)
+        return exchange(packet)
+
+    wire.exchange = noting  # type: ignore[method-assign]  # what is looked through
+    try:
+        yield packets
+    finally:
+        wire.exchange = exchange  # type: ignore[method-assign]
 
 
 # --- flows to begin with -------------------------------------------------------------------------------
