@@ -7,8 +7,9 @@ BENCH  := .venv/.ready-to-bench
 PEERS  := .venv-peers/.ready
 MINUTES ?= 40
 RUNS   ?= 1000000
+SCHEDULES ?= 1000000
 
-.PHONY: help demo test lint format cov chaos fuzz bench clean
+.PHONY: help demo test lint format cov chaos conformance fuzz bench clean
 .DEFAULT_GOAL := help
 
 help:    ## this list
@@ -37,6 +38,9 @@ cov: $(READY)    ## every test, measured: branch coverage of redisflow, at least
 
 chaos: $(READY)    ## 40 minutes of writers while things break: what is lost, doubled or out of order (MINUTES=, SEED=)
 	@$(BIN)/python -m tests.chaos --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))
+
+conformance: $(READY)    ## a million random schedules of the protocol, on a simulated network: none doubles a change (SCHEDULES=, SEED=)
+	@$(BIN)/python -m tests.protocol --schedules $(SCHEDULES) $(if $(SEED),--seed $(SEED))
 
 fuzz: $(READY)    ## a million hostile inputs, guided by coverage: none crashes, hangs or is stored unreadable (RUNS=, SEED=)
 	@$(BIN)/python -m tests.fuzz --runs $(RUNS) $(if $(SEED),--seed $(SEED))
