@@ -12,18 +12,18 @@ from secrets import randbelow
 from rich.console import Console
 from rich.table import Table
 
-from tests.chaos.findings import Damage
-from tests.chaos.stages import STAGES
-from tests.chaos.suite import SHELLS, Verdict, run
+from tests.chaos.findings import Breach, Damage
+from tests.chaos.suite import SCENARIOS, Verdict, run
 from tests.support.servers import ENGINES
 
-_LEAST_WIDTH = 160  # what the table takes
-_SLICE_S = 60.0  # of a scenario, before it begins anew on fresh servers
+_LEAST_WIDTH = 200  # what the table takes
 
 
 def main() -> int:
     """Run the scenarios in turn until the time is up. Returns 1 if anything was found that must not be."""
-    scenarios = [f"{stage}-{shell}" for stage in STAGES for shell in SHELLS]
+    scenarios = {
+        f"{name}-{shell}": scenario.slice_s for name, scenario in SCENARIOS.items() for shell in scenario.shells
+    }
     parser = argparse.ArgumentParser(prog="python -m tests.chaos", description=main.__doc__)
     parser.add_argument("--minutes", type=float, default=40.0, help="how long, all scenarios together (40)")
     parser.add_argument("--seed", type=int, default=randbelow(10**6), help="of faults and calls; a random one")
@@ -32,16 +32,18 @@ def main() -> int:
     options = parser.parse_args()
     console = Console(width=max(Console().width, _LEAST_WIDTH))
     engines = [engine for engine in ENGINES if options.engine in {None, engine.name}]
-    chosen = options.only or scenarios
-    slices = max(1, round(options.minutes * 60 / _SLICE_S / len(chosen)))
-    seconds = options.minutes * 60 / slices / len(chosen)
-    console.print(f"seed {options.seed}: {len(chosen)} scenarios, {slices} times {seconds:.0f} s of each")
+    chosen = options.only or list(scenarios)
+    # In each turn every scenario has its slice, on fresh servers. The slices are then made to fill the time.
+    turn_s = sum(scenarios[scenario] for scenario in chosen)
+    turns = max(1, round(options.minutes * 60 / turn_s))
+    stretch = options.minutes * 60 / turns / turn_s
+    console.print(f"seed {options.seed}: {len(chosen)} scenarios, {turns} turns of {stretch * turn_s:.0f} s")
     verdicts = []
-    for turn in range(slices):
+    for turn in range(turns):
         for place, scenario in enumerate(chosen, turn):  # each scenario on another engine than the turn before
-            stage, _, shell = scenario.partition("-")
-            engine = engines[place % len(engines)]
-            verdict = run(stage, shell, engine, seconds=seconds, seed=options.seed + turn)
+            name, _, shell = scenario.partition("-")
+            engine, seconds = engines[place % len(engines)], stretch * scenarios[scenario]
+            verdict = run(name, shell, engine, seconds=seconds, seed=options.seed + turn)
             verdicts.append(verdict)
             console.print(_line(verdict))
             for flaw in verdict.flaws[:5]:
@@ -53,7 +55,8 @@ def main() -> int:
 def _line(verdict: Verdict) -> str:
     return (
         f"{verdict.scenario}: {verdict.operations:,} operations, {verdict.faults.total()} faults, "
-        f"{verdict.kills} kills, {len(verdict.flaws)} flaws, {verdict.unknown} unknown, "
+        f"{verdict.kills} kills, {verdict.late} late commands, {len(verdict.flaws)} flaws, {verdict.unknown} unknown, "
+        f"{verdict.settled} settled, "
         f"longest stall {verdict.longest_s:.1f} s"
     )
 
@@ -63,8 +66,9 @@ def table(verdicts: Sequence[Verdict]) -> Table:
     made = Table(title="What came of it")
     made.add_column("scenario")
     for heading in (
-        "operations", "faults", "kills", "applied twice", "lost", "not linearizable", "other mismatches",
-        "undecided", "unknown", "not durable", "not carried out", "longest stall, s",
+        "operations", "faults", "kills", "late", "applied twice", "lost", "refused yet applied", "out of order",
+        "not linearizable", "other mismatches", "undecided", "unknown", "settled by others", "not durable",
+        "not carried out", "longest stall, s",
     ):  # fmt: skip
         made.add_column(heading, justify="right")
     rows = [(verdict.scenario, _figures(verdict)) for verdict in verdicts]
@@ -79,16 +83,21 @@ def table(verdicts: Sequence[Verdict]) -> Table:
 
 def _figures(verdict: Verdict) -> list[float]:
     twice, lost = verdict.found(Damage.OP_TWICE), verdict.found(Damage.LOST)
+    refused, disordered = verdict.found(Breach.REFUSED, Breach.LATE), verdict.found(Breach.ORDER)
     return [
         verdict.operations,
         verdict.faults.total(),
         verdict.kills,
+        verdict.late,
         twice,
         lost,
+        refused,
+        disordered,
         len(verdict.violations),
-        len(verdict.findings) - twice - lost,
+        len(verdict.findings) - twice - lost - refused - disordered,
         verdict.undecided,
         verdict.unknown,
+        verdict.settled,
         verdict.not_durable,
         verdict.not_carried_out.total(),
         round(verdict.longest_s, 1),

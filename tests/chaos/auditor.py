@@ -14,9 +14,10 @@ from uuid import UUID
 from redisflow import Flow, InvalidData
 from redisflow.codec import read_event, read_flow
 from redisflow.keys import LAYOUT_VERSION, MAX_PARTITIONS, Keyspace, meta_key
+from tests.chaos.fences import judged_fence, judged_tombstone
 from tests.chaos.findings import Acknowledged, Damage, Finding
 from tests.chaos.stored import StoredKey, keys_of, paged, values_of
-from tests.chaos.trails import judged_changes, judged_steps, judged_trail
+from tests.chaos.trails import judged_changes, judged_seen, judged_steps, judged_trail
 from tests.support.model import LEADS_TO
 
 if TYPE_CHECKING:
@@ -47,12 +48,14 @@ _TYPES = {
     "flow": "hash",
     "events": "stream",
     "steps": "hash",
+    "seen": "zset",
     "owner": "zset",
     "status": "zset",
     "due": "zset",
     "waiters": "zset",
 }
 _INDEXES = {"owner": Damage.OWNER_SET, "status": Damage.STATUS_SET, "due": Damage.DUE, "waiters": Damage.WAITERS}
+_OF_FLOWS = {"flow", "events", "steps", "seen"}
 _PAGE = 200
 
 Entry = tuple[str, bytes, bytes]  # the kind of an index, its name, a member
@@ -90,7 +93,7 @@ class _Audit:
 
     def _key(self, key: StoredKey) -> Iterator[Finding]:
         """Judge a key by its name and type, and note what it holds."""
-        flow_id = _uuid(key.rest) if key.kind in {"flow", "events", "steps"} else None
+        flow_id = _uuid(key.rest) if key.kind in _OF_FLOWS else None
         if not _is_known(key, flow_id):
             yield Finding(Damage.UNKNOWN_KEY, None, f"{key.name!r}")
             return
@@ -101,7 +104,7 @@ class _Audit:
         is_at_home = number is not None and (flow_id is None or number == self._number_of(flow_id))
         if not is_at_home:
             yield Finding(Damage.WRONG_PARTITION, flow_id, f"{key.name!r}")
-        if key.expires:
+        if key.expires and key.kind != "flow":  # what is left of a deleted flow expires, see `_flow`
             yield Finding(Damage.EXPIRY, flow_id, f"{key.name!r}")
         if key.type != _TYPES[key.kind]:
             yield Finding(Damage.WRONG_TYPE, flow_id, f"{key.name!r} is a {key.type}")
@@ -146,9 +149,18 @@ class _Audit:
         values = dict(zip(keys, values_of(keys), strict=True))
         for flow_id in flow_ids:
             held = self._keys[flow_id]
-            if "flow" not in held:
-                for kind in held:
+            flow_key = held.get("flow")
+            is_gone = flow_key is not None and flow_key.type == "hash" and b"gone" in values[flow_key]
+            if flow_key is not None and flow_key.expires != is_gone:
+                sentence = f"{flow_key.name!r} {'expires' if flow_key.expires else 'is a tombstone for ever'}"
+                yield Finding(Damage.EXPIRY, flow_id, sentence)
+            if flow_key is None or is_gone:
+                for kind in held.keys() - {"flow"}:
                     yield Finding(Damage.ORPHAN, flow_id, f"{kind} without a flow")
+            if flow_key is not None and is_gone:
+                self._judged.add(flow_id)
+                yield from judged_tombstone(flow_id, values[flow_key])
+            if flow_key is None or is_gone:
                 continue
             changes = self._acknowledged.pop(flow_id, [])
             if all(key.type == _TYPES[kind] for kind, key in held.items()):
@@ -168,8 +180,10 @@ class _Audit:
         except InvalidData as error:
             yield Finding(Damage.EVENT, flow_id, error.reason)
             return
+        yield from judged_fence(flow_id, held["flow"], events)
         yield from judged_trail(flow, events, self._event_maxlen)
         yield from judged_steps(flow_id, held.get("steps", {}), events)
+        yield from judged_seen(flow_id, held.get("seen", ()), events)
         yield from judged_changes(changes, events)
 
 
@@ -187,7 +201,7 @@ def _partitions_of(settings: Sequence[StoredKey]) -> int | None:
 def _is_known(key: StoredKey, flow_id: UUID | None) -> bool:
     """Whether the layout has keys of such a name."""
     match key.kind:
-        case "flow" | "events" | "steps":
+        case "flow" | "events" | "steps" | "seen":
             return flow_id is not None
         case "owner":
             return bool(key.rest)
@@ -221,7 +235,8 @@ def _index(kind: str, name: bytes) -> str:
 
 _FIELDS = {
     b"controller_id", b"goal", b"owner_session_key", b"requester_origin", b"current_step", b"status", b"revision",
-    b"etag", b"created_at", b"updated_at", b"cancel_requested", b"wait", b"waiter", b"s",
+    b"etag", b"created_at", b"updated_at", b"cancel_requested", b"wait", b"waiter", b"s", b"created_by", b"life",
+    b"past",
 }  # fmt: skip
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _TIMED = {"timer": ("at", "deadline"), "external_event": ("deadline",), "manual": ("deadline",)}

@@ -36,11 +36,21 @@ class Damage(enum.StrEnum):
     MISTOLD = "an acknowledged change that is there as another revision"
 
 
+class Breach(enum.StrEnum):
+    """What can be wrong with what calls were answered, although all that is stored goes together."""
+
+    REFUSED = "a change that was refused and is there"
+    ORDER = "changes that are in another order than they were asked for"
+    LATE = "an attempt that was applied after its call had been answered"
+    ANSWER = "an answer that nothing explains"
+    UNKNOWN = "an outcome that stayed unknown"
+
+
 @attrs.frozen
 class Finding:
     """One thing that is wrong, and the flow it is about, if it is about one."""
 
-    damage: Damage
+    damage: Damage | Breach
     flow: UUID | None
     sentence: str
 

@@ -16,6 +16,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from redisflow.keys import DEFAULT_PARTITIONS, Keyspace
+from tests.chaos.findings import Finding
 from tests.support.clock import COMPILER, SteppedClock
 from tests.support.clusters import Cluster, Node
 from tests.support.proxy import CUT_REPLY, CUT_REQUEST, DROP, HANG, HANG_REPLY, PASS, Fault, FaultProxy, Plan, delay
@@ -56,17 +57,25 @@ class Stage(ABC):
     Attributes:
         durability: what the writers ask for.
         losable: whether a failover may lose what replicas have not confirmed.
+        comes_back: whether the store is always back well within the deadline, so that no outcome stays unknown.
+        pauses_s: the least and the longest time between two faults.
         url: for the writers.
         kills: how often a server was killed.
+        late: how many commands reached the server after their callers had given them up.
+        findings: what the stage itself has seen that must not be.
     """
 
     durability: ClassVar[str] = "local"
     losable: ClassVar[bool] = False
+    comes_back: ClassVar[bool] = False
+    pauses_s: ClassVar[tuple[float, float]] = (0.05, 0.3)
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self.url = ""
         self.kills = 0
+        self.late = 0
+        self.findings: list[Finding] = []
         self.stack = ExitStack()
 
     def __enter__(self) -> Self:
@@ -207,9 +216,9 @@ class Standalone(Stage):
 
     @contextmanager
     def stepped(self, chance: Random) -> Iterator[None]:
-        """The server's clock off by up to 45 seconds, and right again; a resend allows for a minute."""
+        """The server's clock off by up to two hours, and right again: no clock tells what was applied."""
         assert self.clock is not None
-        self.clock.step(chance.randint(-45, 45))
+        self.clock.step(chance.randint(-7200, 7200))
         try:
             yield
         finally:

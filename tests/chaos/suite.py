@@ -6,22 +6,61 @@ import asyncio
 import threading
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from random import Random
 from typing import Any
 
 import attrs
 
 from redisflow import AsyncFlowManager, FlowManager
+from redisflow.scripts import Appending
 from tests.chaos.auditor import audit
-from tests.chaos.findings import Damage, Finding
-from tests.chaos.history import Undecided, Violation, check
+from tests.chaos.batches import Batches
+from tests.chaos.crowd import Workload
+from tests.chaos.findings import Breach, Damage, Finding
+from tests.chaos.handovers import Handovers
+from tests.chaos.history import Violation
+from tests.chaos.hot import Hot
+from tests.chaos.lone import Crowded, Doubtful, Forgetful, LatePackets
+from tests.chaos.rebirths import Rebirths
 from tests.chaos.stages import PREFIX, STAGES, Stage
-from tests.chaos.workload import MEMBERS, Recorder, Teams
+from tests.chaos.workload import Teams
 from tests.support.servers import Engine
 
 SHELLS = {"sync": 3, "asyncio": 12}  # how many teams
-DEADLINE_S = 20.0
+_STARTING_S = 20.0  # of a stage, at most: its writers are not the only ones at work
+
+
+@attrs.frozen(kw_only=True)
+class Scenario:
+    """What is done, and where.
+
+    Attributes:
+        stage: makes the stage.
+        workload: makes the workload for a shell, a seed and a stage.
+        shells: those it is for.
+        slice_s: seconds of one turn.
+    """
+
+    stage: Callable[[Engine], Stage]
+    workload: Callable[[str, int, Stage], Workload]
+    shells: Sequence[str] = tuple(SHELLS)
+    slice_s: float = 25.0
+
+
+def _teams(shell: str, seed: int, stage: Stage) -> Workload:
+    return Teams(SHELLS[shell], seed, changes_only=stage.losable)
+
+
+SCENARIOS: dict[str, Scenario] = {
+    # A failover takes its time.
+    **{name: Scenario(stage=stage, workload=_teams, slice_s=40.0) for name, stage in STAGES.items()},
+    "late": Scenario(stage=LatePackets, workload=_teams),
+    "reborn": Scenario(stage=LatePackets, workload=lambda shell, seed, _: Rebirths(shell, seed)),
+    "batches": Scenario(stage=Forgetful, workload=lambda _, seed, __: Batches(seed), shells=("sync",)),
+    "handover": Scenario(stage=Doubtful, workload=lambda shell, seed, stage: Handovers(shell, seed, stage.url, PREFIX)),
+    "hot": Scenario(stage=Crowded, workload=lambda shell, seed, _: Hot(shell, seed)),
+}
 
 
 @attrs.frozen(kw_only=True)
@@ -34,7 +73,9 @@ class Verdict:
     operations: int
     faults: Counter[str]
     kills: int
+    late: int
     unknown: int
+    settled: int
     not_durable: int
     not_carried_out: Counter[str]
     longest_s: float
@@ -43,7 +84,7 @@ class Verdict:
     undecided: int
     findings: Sequence[Finding]
 
-    def found(self, *damages: Damage) -> int:
+    def found(self, *damages: Damage | Breach) -> int:
         """How many findings are of those kinds."""
         return sum(finding.damage in damages for finding in self.findings)
 
@@ -53,39 +94,63 @@ class Verdict:
         return [*map(str, self.violations), *map(str, self.findings)]
 
 
-def run(stage_name: str, shell: str, engine: Engine, *, seconds: float, seed: int) -> Verdict:
-    """Let writers loose on a stage for so long, one fault after the other, and judge."""
-    with STAGES[stage_name](engine) as stage:
-        teams = Teams(SHELLS[shell], seed, stage.losable)
-        options: dict[str, Any] = {"prefix": PREFIX, "deadline_s": DEADLINE_S, "durability": stage.durability}
+def run(
+    name: str, shell: str, engine: Engine, *, seconds: float, seed: int, appending: Appending | None = None
+) -> Verdict:
+    """Let writers loose on a stage for so long, one fault after the other, and judge.
+
+    Args:
+        name: of the scenario.
+        shell: of the managers that write.
+        engine: the servers'.
+        seconds: how long things break.
+        seed: of faults and calls.
+        appending: the scripts that the writers use, if not the library's.
+    """
+    scenario = SCENARIOS[name]
+    with scenario.stage(engine) as stage:
+        workload = scenario.workload(shell, seed, stage)
+        options: dict[str, Any] = {
+            "prefix": PREFIX,
+            "deadline_s": workload.deadline_s,
+            "durability": stage.durability,
+        }
         failures: list[BaseException] = []
+
+        def made(kind: type[Any]) -> Any:
+            flows = kind.from_url(stage.url, **options)
+            flows.namespace.appending = appending or flows.namespace.appending
+            return flows
 
         def write() -> None:
             try:
                 if shell == "sync":
-                    teams.in_threads(lambda: FlowManager.from_url(stage.url, **options))
+                    workload.in_threads(lambda: made(FlowManager))
                 else:
-                    asyncio.run(teams.in_tasks(lambda: AsyncFlowManager.from_url(stage.url, **options)))
+                    asyncio.run(workload.in_tasks(lambda: made(AsyncFlowManager)))
             except BaseException as error:  # noqa: BLE001 - raised again below
                 failures.append(error)
-                teams.stopped.set()
+                workload.stopped.set()
+                workload.ready.set()
 
-        FlowManager.from_url(stage.url, **options).connect()  # the namespace is there before anything breaks
+        with FlowManager.from_url(stage.url, **{**options, "deadline_s": _STARTING_S}) as flows:
+            workload.prepare(flows)  # the namespace is there before anything breaks
         writing = threading.Thread(target=write)
-        began_s = time.monotonic()
         writing.start()
+        workload.ready.wait(_STARTING_S)
+        began_s = time.monotonic()
         try:
-            faults = _break(stage, Random(seed), began_s + seconds, teams.stopped)
+            faults = _break(stage, Random(seed), began_s + seconds, workload.stopped)
         finally:
-            teams.stopped.set()
+            workload.stopped.set()
             writing.join(180)
         assert not writing.is_alive(), "a writer does not come to an end"
         if failures:
             raise failures[0]
         took_s = time.monotonic() - began_s
         stage.await_healthy()
-        about = {"scenario": f"{stage_name}, {shell}, {engine}", "seed": seed, "seconds": took_s, "faults": faults}
-        return _judged(stage, teams, about)
+        about = {"scenario": f"{name}, {shell}, {engine}", "seed": seed, "seconds": took_s, "faults": faults}
+        return _judged(stage, workload, about)
 
 
 def _break(stage: Stage, chance: Random, until_s: float, stopped: threading.Event) -> Counter[str]:
@@ -98,40 +163,41 @@ def _break(stage: Stage, chance: Random, until_s: float, stopped: threading.Even
         with faults[name](chance):
             time.sleep(chance.uniform(0.2, 1.5))
         done[name] += 1
-        time.sleep(chance.uniform(0.05, 0.3))
+        time.sleep(chance.uniform(*stage.pauses_s))
     return done
 
 
-def _judged(stage: Stage, teams: Teams, about: dict[str, Any]) -> Verdict:
+def _judged(stage: Stage, workload: Workload, about: dict[str, Any]) -> Verdict:
     with FlowManager.from_url(stage.url, prefix=PREFIX) as flows:
-        for recorder in teams.recorders:
-            recorder.call(flows, MEMBERS, "get", {}, recorder.flow_id)
-            recorder.confirm(flows)
-    violations, undecided = _checked(teams.recorders)
-    acknowledged = [change for recorder in teams.recorders for change in recorder.acknowledged]
-    tally = teams.tally
+        judged = workload.judged(flows)
+    tally = workload.tally
     return Verdict(
         **about,
         operations=tally.operations,
         kills=stage.kills,
-        unknown=tally.unknown,
+        late=stage.late,
+        unknown=tally.unknown - tally.settled,
+        settled=tally.settled,
         not_durable=tally.not_durable,
         not_carried_out=tally.not_carried_out,
         longest_s=tally.longest_s,
-        flows=len(teams.recorders),
-        violations=violations,
-        undecided=undecided,
-        findings=audit(stage.clients(), PREFIX, acknowledged),
+        flows=judged.flows,
+        violations=judged.violations,
+        undecided=judged.undecided,
+        findings=[
+            *judged.findings,
+            *_in_doubt(stage, workload),
+            *audit(stage.clients(), PREFIX, judged.acknowledged),
+        ],
     )
 
 
-def _checked(recorders: Sequence[Recorder]) -> tuple[list[Violation], int]:
-    violations, undecided = [], 0
-    for recorder in recorders:
-        try:
-            violation = check(recorder.history)
-        except Undecided:
-            undecided += 1
-        else:
-            violations += [] if violation is None else [violation]
-    return violations, undecided
+def _in_doubt(stage: Stage, workload: Workload) -> list[Finding]:
+    """Find outcomes that must have been known, and what was applied when nothing was unknown any more."""
+    tally = workload.tally
+    left = tally.unknown - tally.settled
+    unexplained = left if stage.comes_back else tally.early  # nothing but the deadline is a reason
+    findings = [] if left else [*stage.findings]
+    if unexplained:
+        findings.append(Finding(Breach.UNKNOWN, None, f"{unexplained} calls: {'; '.join(tally.told)}"))
+    return findings

@@ -8,7 +8,7 @@ from uuid import UUID
 
 from redisflow import Flow, FlowEvent, FlowStep, InvalidData
 from redisflow.codec import read_step
-from tests.chaos.findings import Acknowledged, Damage, Finding
+from tests.chaos.findings import Acknowledged, Breach, Damage, Finding
 from tests.chaos.specification import Call, Refusal, State, Version, canonical, step
 
 VERBS = {
@@ -188,3 +188,17 @@ def judged_changes(changes: Iterable[Acknowledged], events: Sequence[FlowEvent])
             yield Finding(Damage.LOST, change.flow_id, str(change))
         elif revisions and change.revision not in revisions:
             yield Finding(Damage.MISTOLD, change.flow_id, f"{change} is revision {max(revisions)}")
+
+
+def judged_seen(flow_id: UUID, seen: Iterable[tuple[bytes, float]], events: Sequence[FlowEvent]) -> Iterator[Finding]:
+    """Find the event of each operation in the index of brought ids, and none of those that it says were refused."""
+    if not is_whole(events):
+        return
+    times: dict[str, set[int]] = defaultdict(set)
+    for event in events:
+        times[event.op_id].add(int(event.id.partition("-")[0]))
+    for op_id, added_ms in seen:
+        if added_ms < 0 and times[op_id.decode()]:
+            yield Finding(Breach.REFUSED, flow_id, f"operation {op_id!r}")
+        elif added_ms > 0 and int(added_ms) not in times[op_id.decode()]:
+            yield Finding(Damage.LOST, flow_id, f"operation {op_id!r} is in the index of brought ids, not in the trail")

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -25,24 +23,15 @@ from redisflow import (
     OutcomeUnknown,
     StorageError,
 )
+from tests.chaos.crowd import Judged, Workload
 from tests.chaos.findings import Acknowledged
-from tests.chaos.history import UNKNOWN, Operation, Outcome
+from tests.chaos.history import UNKNOWN, Operation, Outcome, Undecided, Violation, check
 from tests.chaos.simulated import Choose, any_call, any_update
 from tests.chaos.specification import CREATIONS, READS, Noted, Refusal, Version
+from tests.chaos.tally import Tally
 from tests.support.resends import IDENTITY
 
 MEMBERS, CALLS = 4, 25  # of a team, and of each of them on one flow
-
-
-@attrs.define
-class Tally:
-    """What all calls came to."""
-
-    operations: int = 0
-    unknown: int = 0
-    not_durable: int = 0
-    not_carried_out: Counter[str] = attrs.field(factory=Counter)
-    longest_s: float = 0.0
 
 
 class Recorder:
@@ -87,9 +76,9 @@ class Recorder:
         seen = True
         try:
             yield noting
-        except OutcomeUnknown:
+        except OutcomeUnknown as error:
             outcome = UNKNOWN
-            tally.unknown += 1
+            tally.doubt(error, time.monotonic() - invoked_s)
         except NotDurable as error:
             outcome, noting.flow = UNKNOWN, error.flow
             tally.not_durable += 1
@@ -142,16 +131,16 @@ class _Noting:
     flow: Flow | None = None
 
 
-@attrs.define
-class Teams:
+class Teams(Workload):
     """Teams of writers, each with one flow after the other, until they are told to stop."""
 
-    how_many: int
-    seed: int
-    changes_only: bool
-    tally: Tally = attrs.field(factory=Tally)
-    recorders: list[Recorder] = attrs.field(factory=list)
-    stopped: threading.Event = attrs.field(factory=threading.Event)
+    def __init__(self, how_many: int, seed: int, *, changes_only: bool) -> None:
+        super().__init__()
+        self.how_many = how_many
+        self.seed = seed
+        self.changes_only = changes_only
+        self.recorders: list[Recorder] = []
+        self.ready.set()
 
     def in_threads(self, make: Callable[[], FlowManager]) -> None:
         """Write until stopped, with a manager for each team."""
@@ -181,6 +170,26 @@ class Teams:
 
         async with make() as flows:
             await asyncio.gather(*(team(flows, number) for number in range(self.how_many)))
+
+    def judged(self, flows: FlowManager) -> Judged:
+        """Look at each flow once more, and hold its history against the rules."""
+        violations: list[Violation] = []
+        undecided = 0
+        for recorder in self.recorders:
+            recorder.call(flows, MEMBERS, "get", {}, recorder.flow_id)
+            recorder.confirm(flows)
+            try:
+                violation = check(recorder.history)
+            except Undecided:
+                undecided += 1
+            else:
+                violations += [] if violation is None else [violation]
+        return Judged(
+            flows=len(self.recorders),
+            acknowledged=[change for recorder in self.recorders for change in recorder.acknowledged],
+            violations=violations,
+            undecided=undecided,
+        )
 
     def _rounds(self, number: int) -> Iterator[tuple[Recorder, Choose, Random]]:
         chance = Random(f"{self.seed} {number}")
