@@ -92,10 +92,6 @@ class Sentinels:
         primary = self.primary()
         return [server for server in self.servers if server.up and server is not primary]
 
-    def replicas_known(self) -> list[int]:
-        """Return how many replicas each running Sentinel knows."""
-        return [int(_ask(sentinel, "MASTER")["num-slaves"]) for sentinel in self.sentinels if sentinel.up]
-
     def await_healthy(self) -> None:
         """Wait until all that run agree on a primary that runs, and all others replicate it.
 
