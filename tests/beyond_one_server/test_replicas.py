@@ -181,7 +181,7 @@ def test_a_lost_reply_is_settled_and_confirmed(open_url: Open, flows: Any, group
 def test_the_wait_is_sent_behind_the_change_without_awaiting_its_reply(open_url: Open, group: Group) -> None:
     """So that it costs no round trip: with the change's reply held up, the wait has been sent."""
     with FaultProxy(group.primary.port) as proxy:
-        flows = open_url(f"{proxy.url}?socket_timeout=1", prefix="one-packet", durability="all", deadline_s=0.1)
+        flows = open_url(f"{proxy.url}?socket_timeout=3", prefix="one-packet", durability="all", deadline_s=1.0)
         flow = flows.create_mirrored(**WHO)
         flows.update_state(flow, {"x": 0})  # the server knows the script
         behind: list[bytes] = []
