@@ -25,6 +25,6 @@ def test_late_and_lost_attempts_change_nothing(name: str, shell: str, number: in
     verdict = run(name, shell, ENGINES[number % len(ENGINES)], seconds=SECONDS, seed=seed)
     assert verdict.flaws == [], f"seed {seed}, {verdict.scenario}"
     assert verdict.operations > 500
-    assert verdict.faults.total() > 2
+    assert verdict.faults.total() > 0  # on a hot flow they come seconds apart
     assert verdict.undecided == 0
     assert verdict.unknown == 0
