@@ -274,7 +274,7 @@ def raise_refusal(
     errors: dict[bytes, Callable[[], FlowError]] = {
         b"ABSENT": lambda: FlowNotFound(flow_id),
         b"DELETED": lambda: FlowNotFound(flow_id),
-        b"UNKNOWN": lambda: OutcomeUnknown(op_id, f"flow {flow_id}: its event has been trimmed"),
+        b"UNKNOWN": lambda: OutcomeUnknown(op_id, f"flow {flow_id}: the records that would tell are gone"),
         b"STALE": lambda: RevisionMismatch(flow_id, int(expected.partition(b" ")[0]), int(fact)),
         b"TERMINAL": lambda: AlreadyTerminal(flow_id, FlowStatus(fact)),
         b"PENDING": lambda: CancelPending(flow_id),

@@ -389,7 +389,7 @@ def sent_by(manager: FlowManager) -> Iterator[list[Packet]]:
     try:
         yield packets
     finally:
-        wire.exchange = exchange  # type: ignore[method-assign]
+        wire.exchange = exchange  # type: ignore[method-assign]  # as it was
 
 
 # --- flows to begin with -------------------------------------------------------------------------------
